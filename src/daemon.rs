@@ -474,7 +474,7 @@ fn serve(
         signer: own_key.signer.clone(),
         store_dir: config.store_dir.clone(),
         priority: config.priority,
-        permits: StreamLimits::under(upload_limit.as_ref()),
+        stream_limits: StreamLimits::new(upload_limit.as_ref()),
         crowds: Crowds::default(),
         friends: friend_services
             .as_ref()

@@ -5,7 +5,7 @@
 //! unreachable. Among other addresses, a group that holds many connections loses one first, so that
 //! no group shuts out the others. The functions never block.
 
-use super::send_progress::STALLED;
+use super::send_progress::STALL_TIMEOUT;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
@@ -66,7 +66,7 @@ pub enum Admission {
 
 /// Decides whether a connection from `newcomer` is accepted beside the connections in `open`.
 pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Clone) -> Admission {
-    let strangers = open.clone().filter(|seat| !seat.is_own);
+    let strangers = open.clone().filter(|connection| !connection.is_own);
     if newcomer.is_own {
         if open.clone().count() < MAX_CONNECTIONS {
             return Admission::Free;
@@ -77,16 +77,18 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
         // at the moment makes room: a program that never reads must not keep Nix out for a second.
         let victim = idlest(strangers.clone())
             .or_else(|| idlest(open.clone()))
-            .or_else(|| longest_stalled(strangers.clone(), STALLED.get()))
-            .or_else(|| longest_stalled(open.clone(), STALLED.get()))
-            .or_else(|| strangers.map(|s| s.id).min())
+            .or_else(|| longest_stalled(strangers.clone(), STALL_TIMEOUT.get()))
+            .or_else(|| longest_stalled(open.clone(), STALL_TIMEOUT.get()))
+            .or_else(|| strangers.map(|connection| connection.id).min())
             .or_else(|| longest_stalled(open, Duration::from_nanos(1)));
         return victim.map_or(Admission::Full, Admission::Replace);
     }
     if let Some(prefix) = lan_prefix(newcomer.peer) {
-        let its = strangers.clone().filter(|seat| lan_prefix(seat.peer) == Some(prefix));
-        if its.clone().count() >= MAX_PER_PREFIX {
-            return victim_for(newcomer.peer, its).map_or(Admission::Full, Admission::Replace);
+        let prefix_connections =
+            strangers.clone().filter(|connection| lan_prefix(connection.peer) == Some(prefix));
+        if prefix_connections.clone().count() >= MAX_PER_PREFIX {
+            return victim_for(newcomer.peer, prefix_connections)
+                .map_or(Admission::Full, Admission::Replace);
         }
     }
     let has_room = strangers.clone().count() < MAX_CONNECTIONS - OWN_CONNECTIONS;
@@ -108,19 +110,23 @@ fn victim_for(
     strangers: impl Iterator<Item = OpenConnection> + Clone,
 ) -> Option<u64> {
     let mut counts: HashMap<IpAddr, usize> = HashMap::new();
-    strangers.clone().for_each(|seat| *counts.entry(group(seat.peer)).or_default() += 1);
-    let newcomers = counts.get(&group(newcomer)).copied().unwrap_or_default();
+    strangers
+        .clone()
+        .for_each(|connection| *counts.entry(group(connection.peer)).or_default() += 1);
+    let newcomer_count = counts.get(&group(newcomer)).copied().unwrap_or_default();
     let (largest, count) = counts.into_iter().max_by_key(|(_, count)| *count)?;
-    let is_greedy = newcomers > FAIR_SHARE;
-    if !is_greedy && (count <= FAIR_SHARE || count < 2 * newcomers) {
+    let is_greedy = newcomer_count > FAIR_SHARE;
+    if !is_greedy && (count <= FAIR_SHARE || count < 2 * newcomer_count) {
         return idlest(strangers);
     }
     // A group above its share replaces only its own connections.
     let largest = if is_greedy { group(newcomer) } else { largest };
-    let its = strangers.filter(|seat| group(seat.peer) == largest);
-    let at_work =
-        || longest_stalled(its.clone(), STALLED.get()).or_else(|| its.clone().map(|s| s.id).min());
-    idlest(its.clone()).or_else(|| at_work().filter(|_| !is_greedy))
+    let group_connections = strangers.filter(|connection| group(connection.peer) == largest);
+    let stalled_or_oldest = || {
+        longest_stalled(group_connections.clone(), STALL_TIMEOUT.get())
+            .or_else(|| group_connections.clone().map(|connection| connection.id).min())
+    };
+    idlest(group_connections.clone()).or_else(|| stalled_or_oldest().filter(|_| !is_greedy))
 }
 
 /// Returns the group of an address: its /24 (IPv4) or /56 (IPv6), which one stranger may control as
@@ -151,15 +157,21 @@ fn lan_prefix(ip: IpAddr) -> Option<u64> {
 }
 
 /// Returns the ID of the connection that has been idle longest, or `None` if none is idle.
-pub fn idlest(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
-    seats.filter_map(|seat| Some((seat.idle_since?, seat.id))).min().map(|(_, id)| id)
+pub fn idlest(connections: impl Iterator<Item = OpenConnection>) -> Option<u64> {
+    connections
+        .filter_map(|connection| Some((connection.idle_since?, connection.id)))
+        .min()
+        .map(|(_, id)| id)
 }
 
 /// Returns the ID of the connection whose client has taken nothing for the longest time, or `None`
 /// if each took something within `at_least`.
-fn longest_stalled(seats: impl Iterator<Item = OpenConnection>, at_least: Duration) -> Option<u64> {
-    let stalled = seats.filter(|seat| seat.stalled_for >= at_least);
-    stalled.max_by_key(|seat| seat.stalled_for).map(|seat| seat.id)
+fn longest_stalled(
+    connections: impl Iterator<Item = OpenConnection>,
+    at_least: Duration,
+) -> Option<u64> {
+    let stalled = connections.filter(|connection| connection.stalled_for >= at_least);
+    stalled.max_by_key(|connection| connection.stalled_for).map(|connection| connection.id)
 }
 
 #[cfg(test)]
@@ -189,53 +201,53 @@ mod tests {
         (0..count).map(|n| seat(n, stranger(n / 2))).collect()
     }
 
-    fn and_own(mut seats: Vec<OpenConnection>, count: usize) -> Vec<OpenConnection> {
-        let from = seats.len();
-        seats.extend((from..from + count).map(|n| seat(n, own())));
-        seats
+    fn and_own(mut connections: Vec<OpenConnection>, count: usize) -> Vec<OpenConnection> {
+        let from = connections.len();
+        connections.extend((from..from + count).map(|n| seat(n, own())));
+        connections
     }
 
-    fn find(newcomer: Newcomer, seats: &[OpenConnection]) -> Admission {
-        admit(newcomer, seats.iter().copied())
+    fn find(newcomer: Newcomer, connections: &[OpenConnection]) -> Admission {
+        admit(newcomer, connections.iter().copied())
     }
 
     #[test]
     fn strangers_at_their_bound_leave_reserved_connections_free() {
         assert_eq!(find(stranger(999), &strangers(STRANGERS - 1)), Admission::Free);
-        let mut seats = strangers(STRANGERS);
-        assert_eq!(find(stranger(999), &seats), Admission::Full);
-        assert_eq!(find(own(), &seats), Admission::Free);
-        seats[7].idle_since = Some(70);
-        seats[8].idle_since = Some(60);
-        assert_eq!(find(stranger(999), &seats), Admission::Replace(8));
+        let mut connections = strangers(STRANGERS);
+        assert_eq!(find(stranger(999), &connections), Admission::Full);
+        assert_eq!(find(own(), &connections), Admission::Free);
+        connections[7].idle_since = Some(70);
+        connections[8].idle_since = Some(60);
+        assert_eq!(find(stranger(999), &connections), Admission::Replace(8));
     }
 
     #[test]
     fn stranger_does_not_replace_reserved_connection() {
-        let mut seats = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
-        seats[STRANGERS].idle_since = Some(1);
-        assert_eq!(find(stranger(999), &seats), Admission::Full);
-        let mut seats = and_own(strangers(10), MAX_CONNECTIONS - 10);
-        assert_eq!(find(stranger(999), &seats), Admission::Full);
-        seats[500].idle_since = Some(1);
-        assert_eq!(find(stranger(999), &seats), Admission::Replace(500));
+        let mut connections = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
+        connections[STRANGERS].idle_since = Some(1);
+        assert_eq!(find(stranger(999), &connections), Admission::Full);
+        let mut connections = and_own(strangers(10), MAX_CONNECTIONS - 10);
+        assert_eq!(find(stranger(999), &connections), Admission::Full);
+        connections[500].idle_since = Some(1);
+        assert_eq!(find(stranger(999), &connections), Admission::Replace(500));
     }
 
     #[test]
     fn loopback_is_admitted_when_strangers_fill_the_server() {
-        let mut seats = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
-        seats.rotate_left(100);
+        let mut connections = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
+        connections.rotate_left(100);
         assert_eq!(
-            find(own(), &seats),
+            find(own(), &connections),
             Admission::Replace(0),
             "the oldest stranger, though at work"
         );
-        let last = seats.iter_mut().find(|s| s.is_own).unwrap();
+        let last = connections.iter_mut().find(|s| s.is_own).unwrap();
         last.idle_since = Some(1);
         let last = last.id;
-        assert_eq!(find(own(), &seats), Admission::Replace(last));
-        seats[0].idle_since = Some(9);
-        assert_eq!(find(own(), &seats), Admission::Replace(100), "a stranger that is idle");
+        assert_eq!(find(own(), &connections), Admission::Replace(last));
+        connections[0].idle_since = Some(9);
+        assert_eq!(find(own(), &connections), Admission::Replace(100), "a stranger that is idle");
         assert_eq!(find(own(), &and_own(Vec::new(), MAX_CONNECTIONS)), Admission::Full);
     }
 
@@ -253,14 +265,14 @@ mod tests {
             // A large group gains nothing by another connection.
             assert_eq!(find(stranger(0), &few(groups)), Admission::Full);
             // Nor does it take the idle connections of other groups.
-            let mut seats = few(groups);
-            seats.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(998)) });
-            assert_eq!(find(stranger(0), &seats), Admission::Full);
+            let mut connections = few(groups);
+            connections.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(998)) });
+            assert_eq!(find(stranger(0), &connections), Admission::Full);
         }
         assert_eq!(find(stranger(999), &few(20)), Admission::Full, "each has its share");
-        let mut seats = few(4);
-        seats[9].idle_since = Some(5);
-        let of_four = find(stranger(999), &seats);
+        let mut connections = few(4);
+        connections[9].idle_since = Some(5);
+        let of_four = find(stranger(999), &connections);
         assert!(
             of_four == Admission::Replace(9) || matches!(of_four, Admission::Replace(id) if id < 4)
         );
@@ -270,31 +282,31 @@ mod tests {
     /// server was not full.
     #[test]
     fn one_address_may_exceed_fair_share_while_there_is_room() {
-        let seats: Vec<OpenConnection> = (0..600).map(|n| seat(n, stranger(1))).collect();
-        assert_eq!(find(stranger(1), &seats), Admission::Free);
+        let connections: Vec<OpenConnection> = (0..600).map(|n| seat(n, stranger(1))).collect();
+        assert_eq!(find(stranger(1), &connections), Admission::Free);
     }
 
     #[test]
     fn client_that_reads_nothing_makes_room_for_loopback() {
-        let mut seats = and_own(Vec::new(), MAX_CONNECTIONS);
-        assert_eq!(find(own(), &seats), Admission::Full, "all of them read");
+        let mut connections = and_own(Vec::new(), MAX_CONNECTIONS);
+        assert_eq!(find(own(), &connections), Admission::Full, "all of them read");
         let moment = Duration::from_millis(1);
-        seats[6].stalled_for = STALLED.get() - moment;
-        assert_eq!(find(own(), &seats), Admission::Replace(6), "none else makes room");
-        let mut mixed = seats.clone();
+        connections[6].stalled_for = STALL_TIMEOUT.get() - moment;
+        assert_eq!(find(own(), &connections), Admission::Replace(6), "none else makes room");
+        let mut mixed = connections.clone();
         mixed[3].is_own = false;
         assert_eq!(find(own(), &mixed), Admission::Replace(3), "another machine first");
-        seats[7].stalled_for = STALLED.get();
-        seats[8].stalled_for = STALLED.get() + moment;
-        assert_eq!(find(own(), &seats), Admission::Replace(8));
-        assert_eq!(find(stranger(1), &seats), Admission::Full);
-        seats[9].is_own = false;
-        seats[9].stalled_for = STALLED.get();
-        assert_eq!(find(own(), &seats), Admission::Replace(9), "another machine first");
+        connections[7].stalled_for = STALL_TIMEOUT.get();
+        connections[8].stalled_for = STALL_TIMEOUT.get() + moment;
+        assert_eq!(find(own(), &connections), Admission::Replace(8));
+        assert_eq!(find(stranger(1), &connections), Admission::Full);
+        connections[9].is_own = false;
+        connections[9].stalled_for = STALL_TIMEOUT.get();
+        assert_eq!(find(own(), &connections), Admission::Replace(9), "another machine first");
         // In a group above its share, too, before its oldest.
-        let mut seats: Vec<_> = (0..STRANGERS).map(|n| seat(n, stranger(n % 4))).collect();
-        (0..4).for_each(|n| seats[400 + n].stalled_for = STALLED.get());
-        let Admission::Replace(id) = find(stranger(999), &seats) else { panic!("shut out") };
+        let mut connections: Vec<_> = (0..STRANGERS).map(|n| seat(n, stranger(n % 4))).collect();
+        (0..4).for_each(|n| connections[400 + n].stalled_for = STALL_TIMEOUT.get());
+        let Admission::Replace(id) = find(stranger(999), &connections) else { panic!("shut out") };
         assert!((400..404).contains(&id), "{id}");
     }
 
@@ -305,23 +317,23 @@ mod tests {
             peer: Ipv6Addr::new(prefix, 0, 0, 0, 0, 0, 0, n as u16).into(),
             is_own: false,
         };
-        let mut seats: Vec<_> = (0..MAX_PER_PREFIX).map(|n| seat(n, of(0xfd00, n))).collect();
-        assert_eq!(find(of(0xfd00, 9999), &seats[1..]), Admission::Free);
-        assert_eq!(find(of(0xfd00, 9999), &seats), Admission::Full);
-        assert_eq!(find(of(0xfd01, 1), &seats), Admission::Free);
-        assert_eq!(find(stranger(1), &seats), Admission::Free);
-        seats.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(1)) });
-        seats[7].idle_since = Some(2);
-        assert_eq!(find(of(0xfd00, 9999), &seats), Admission::Replace(7), "its own prefix");
+        let mut connections: Vec<_> = (0..MAX_PER_PREFIX).map(|n| seat(n, of(0xfd00, n))).collect();
+        assert_eq!(find(of(0xfd00, 9999), &connections[1..]), Admission::Free);
+        assert_eq!(find(of(0xfd00, 9999), &connections), Admission::Full);
+        assert_eq!(find(of(0xfd01, 1), &connections), Admission::Free);
+        assert_eq!(find(stranger(1), &connections), Admission::Free);
+        connections.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(1)) });
+        connections[7].idle_since = Some(2);
+        assert_eq!(find(of(0xfd00, 9999), &connections), Admission::Replace(7), "its own prefix");
     }
 
     #[test]
     fn connection_from_outside_is_a_strangers_whatever_its_address() {
         let outside = Newcomer { is_own: false, ..own() };
         assert_eq!(find(outside, &strangers(STRANGERS)), Admission::Full);
-        let mut seats = strangers(STRANGERS - 1);
-        seats.push(seat(STRANGERS, outside));
-        assert_eq!(find(stranger(999), &seats), Admission::Full);
+        let mut connections = strangers(STRANGERS - 1);
+        connections.push(seat(STRANGERS, outside));
+        assert_eq!(find(stranger(999), &connections), Admission::Full);
     }
 
     #[test]

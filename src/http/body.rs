@@ -16,7 +16,7 @@ pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 pub const MIN_RATE: u64 = 200 * 1024;
 
 /// Bytes allocated at a time. A client that announces a large body and sends nothing costs no more.
-const FIRST_ROOM: usize = 64 * 1024;
+const INITIAL_CAPACITY: usize = 64 * 1024;
 
 /// Interim response for a client that sent `Expect: 100-continue` (RFC 9110, section 10.1.1).
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -27,7 +27,7 @@ pub struct RequestBody<'a> {
     /// Bytes received after the head. Bytes after the body belong to the next request.
     received: &'a [u8],
     len: u64,
-    left: bool,
+    is_unread: bool,
     expects: bool,
 }
 
@@ -59,20 +59,26 @@ impl<'a> RequestBody<'a> {
     ) -> Self {
         let expects =
             request.field("Expect").is_some_and(|e| e.eq_ignore_ascii_case("100-continue"));
-        RequestBody { stream, received, len: request.body_len, left: request.body_len > 0, expects }
+        RequestBody {
+            stream,
+            received,
+            len: request.body_len,
+            is_unread: request.body_len > 0,
+            expects,
+        }
     }
 
     pub(super) fn none(stream: &'a ConnectionStream) -> Self {
-        RequestBody { stream, received: &[], len: 0, left: false, expects: false }
+        RequestBody { stream, received: &[], len: 0, is_unread: false, expects: false }
     }
 
     /// Whether the request has a body that was not read completely.
-    pub(super) fn is_left(&self) -> bool {
-        self.left
+    pub(super) fn is_unread(&self) -> bool {
+        self.is_unread
     }
 
     /// Number of bytes received after the head that belong to the body.
-    pub(super) fn behind(&self) -> usize {
+    pub(super) fn received_len(&self) -> usize {
         self.len.min(self.received.len() as u64) as usize
     }
 
@@ -83,7 +89,7 @@ impl<'a> RequestBody<'a> {
     /// [`BodyError::TooLarge`] if the body has more than `limit` bytes; [`BodyError::Io`] if it
     /// does not arrive completely and in time.
     pub fn read(&mut self, limit: usize) -> Result<Vec<u8>, BodyError> {
-        if !self.left {
+        if !self.is_unread {
             return Ok(Vec::new());
         }
         let len = usize::try_from(self.len)
@@ -92,8 +98,8 @@ impl<'a> RequestBody<'a> {
             .ok_or(BodyError::TooLarge)?;
         let deadline =
             Instant::now() + BODY_TIMEOUT + Duration::from_millis(self.len * 1000 / MIN_RATE);
-        let mut bytes = Vec::with_capacity(len.min(FIRST_ROOM));
-        bytes.extend_from_slice(&self.received[..self.behind()]);
+        let mut bytes = Vec::with_capacity(len.min(INITIAL_CAPACITY));
+        bytes.extend_from_slice(&self.received[..self.received_len()]);
         if self.expects && bytes.len() < len {
             let mut stream = self.stream;
             stream.write_all(CONTINUE).map_err(BodyError::Io)?;
@@ -101,18 +107,18 @@ impl<'a> RequestBody<'a> {
         while bytes.len() < len {
             self.read_more(&mut bytes, len, deadline).map_err(BodyError::Io)?;
         }
-        self.left = false;
+        self.is_unread = false;
         Ok(bytes)
     }
 
     fn read_more(&self, bytes: &mut Vec<u8>, len: usize, deadline: Instant) -> io::Result<()> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let time_left = deadline.saturating_duration_since(Instant::now());
+        if time_left.is_zero() {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "came too slowly"));
         }
-        self.stream.set_read_timeout(Some(left))?;
+        self.stream.set_read_timeout(Some(time_left))?;
         let at = bytes.len();
-        bytes.resize(len.min(at + FIRST_ROOM), 0);
+        bytes.resize(len.min(at + INITIAL_CAPACITY), 0);
         let mut stream = self.stream;
         let read = stream.read(&mut bytes[at..]);
         bytes.truncate(at + *read.as_ref().unwrap_or(&0));

@@ -54,7 +54,7 @@ impl Connection {
         self.idle_since().is_some()
     }
 
-    pub(super) fn set_at_work(&self) {
+    pub(super) fn set_busy(&self) {
         self.idle_since.store(0, Ordering::Relaxed);
     }
 
@@ -89,7 +89,7 @@ impl Connections {
         is_own: bool,
     ) -> Arc<Connection> {
         let stream = ConnectionStream::new(stream, !is_own);
-        let idle_since = AtomicU64::new(self.moment(Instant::now()));
+        let idle_since = AtomicU64::new(self.milliseconds(Instant::now()));
         let connection = Arc::new(Connection {
             id,
             stream,
@@ -119,7 +119,7 @@ impl Connections {
 
     /// Marks a connection as waiting for its next request since `now`.
     pub(super) fn set_idle(&self, connection: &Connection, now: Instant) {
-        connection.idle_since.store(self.moment(now), Ordering::Relaxed);
+        connection.idle_since.store(self.milliseconds(now), Ordering::Relaxed);
     }
 
     /// Ends all idle connections.
@@ -130,14 +130,14 @@ impl Connections {
     /// Ends all connections that exceed [`IDLE_TIMEOUT`], or [`HEAD_TIMEOUT`] for an incomplete
     /// head.
     pub(super) fn end_overdue(&self, now: Instant) {
-        let moment = self.moment(now);
+        let now_ms = self.milliseconds(now);
         self.end_where(|connection| {
             // A connection at work has time limits of its own.
             let Some(idle_since) = connection.idle_since() else { return false };
-            let began = || connection.bytes.try_lock()?.received.began();
+            let began = || connection.bytes.try_lock()?.received.first_byte_at();
             match began() {
                 Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT.get(),
-                None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.get().as_millis() as u64,
+                None => now_ms.saturating_sub(idle_since) >= IDLE_TIMEOUT.get().as_millis() as u64,
             }
         });
     }
@@ -160,7 +160,7 @@ impl Connections {
     /// Closes the connection that has been idle longest. Returns false if none is idle.
     pub(super) fn close_idlest(&self) -> bool {
         let mut open = self.open.lock();
-        let idlest = admission::idlest(seats(&open, Instant::now()));
+        let idlest = admission::idlest(open_connections(&open, Instant::now()));
         if let Some(id) = idlest {
             close(&mut open, id);
         }
@@ -172,7 +172,7 @@ impl Connections {
     pub(super) fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
         let newcomer = Newcomer { peer: peer.ip(), is_own };
         let mut open = self.open.lock();
-        match admission::admit(newcomer, seats(&open, Instant::now())) {
+        match admission::admit(newcomer, open_connections(&open, Instant::now())) {
             Admission::Free => true,
             Admission::Replace(id) => {
                 close(&mut open, id);
@@ -183,12 +183,12 @@ impl Connections {
     }
 
     /// Milliseconds since the table was created, plus 1, because 0 means at work.
-    fn moment(&self, now: Instant) -> u64 {
+    fn milliseconds(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_millis() as u64 + 1
     }
 }
 
-fn seats(
+fn open_connections(
     open: &HashMap<u64, Arc<Connection>>,
     now: Instant,
 ) -> impl Iterator<Item = OpenConnection> + Clone {
@@ -264,7 +264,7 @@ mod tests {
                 connection.bytes().received.fill(&connection.stream, true).unwrap();
             }
             if id == 2 {
-                connection.set_at_work();
+                connection.set_busy();
             }
             clients.push(client);
         }

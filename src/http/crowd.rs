@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 /// Time a crowd must have existed before its pace is reported. Earlier, the bytes mostly fill
 /// buffers.
-const MIN_TIME: Duration = Duration::from_millis(500);
+const MIN_CROWD_AGE: Duration = Duration::from_millis(500);
 /// Neighbours remembered per NAR. Later ones are not named to others.
-const MAX_GETTING: usize = 64;
+const MAX_RECEIVERS: usize = 64;
 
 /// Requests for digests that are hashed at the same time. One keeps a processor busy and reads up
 /// to 16 MiB.
@@ -24,7 +24,7 @@ const MAX_HASHING: u32 = 2;
 const HASHING_TIMEOUT: Duration = Duration::from_secs(3);
 /// Digests remembered per NAR. They cover 2 GiB, as much as neighbours keep of NARs during their
 /// download. Digests beyond the bound are computed for each request.
-const MAX_DIGESTS_KEPT: usize = 8192;
+const MAX_STORED_DIGESTS: usize = 8192;
 
 /// SHA-256 digest of a piece of a NAR.
 pub type PieceDigest = [u8; DIGEST_LEN as usize];
@@ -48,7 +48,7 @@ struct Crowd {
     began: Instant,
     /// Neighbours that are getting the NAR, from this node or from a neighbour that was named to
     /// them, in the order of their requests.
-    getting: Vec<IpAddr>,
+    receivers: Vec<IpAddr>,
     /// Digests computed for earlier requests, by the piece's number.
     digests: HashMap<u64, PieceDigest>,
 }
@@ -68,13 +68,13 @@ pub enum CrowdAnswer<'a> {
 }
 
 impl Crowds {
-    /// Decides how to answer a neighbour that requests a NAR. `may_name` says that the neighbour
-    /// understands a referral and that its address may be named to others.
-    pub fn ask(
+    /// Decides how to answer a neighbour that requests a NAR. `accepts_relays` says that the
+    /// neighbour understands a referral and that its address may be named to others.
+    pub fn answer_request(
         &self,
         hash: NarHash,
         asker: IpAddr,
-        may_name: bool,
+        accepts_relays: bool,
         now: Instant,
     ) -> CrowdAnswer<'_> {
         let mut crowds = self.crowds.lock();
@@ -82,17 +82,18 @@ impl Crowds {
             streams: 0,
             sent: 0,
             began: now,
-            getting: Vec::new(),
+            receivers: Vec::new(),
             digests: HashMap::new(),
         };
         let crowd = crowds.entry(hash).or_insert_with(new);
-        if may_name && !crowd.getting.contains(&asker) {
-            let names = crowd.getting[crowd.getting.len().saturating_sub(MAX_NAMED)..].to_vec();
-            if crowd.getting.len() < MAX_GETTING {
-                crowd.getting.push(asker);
+        if accepts_relays && !crowd.receivers.contains(&asker) {
+            let referrals =
+                crowd.receivers[crowd.receivers.len().saturating_sub(MAX_NAMED)..].to_vec();
+            if crowd.receivers.len() < MAX_RECEIVERS {
+                crowd.receivers.push(asker);
             }
-            if crowd.streams > 0 && !names.is_empty() {
-                return CrowdAnswer::Name(names);
+            if crowd.streams > 0 && !referrals.is_empty() {
+                return CrowdAnswer::Name(referrals);
             }
         }
         crowd.streams += 1;
@@ -101,12 +102,12 @@ impl Crowds {
 
     /// Bytes per second that one more neighbour would get of a NAR that is being sent; `None` if
     /// the NAR is not being sent, or for less than 500 ms.
-    pub fn pace_of_one_more(&self, hash: NarHash, now: Instant) -> Option<u64> {
+    pub fn pace_for_next(&self, hash: NarHash, now: Instant) -> Option<u64> {
         let crowds = self.crowds.lock();
         let crowd = crowds.get(&hash)?;
         let time = now.saturating_duration_since(crowd.began);
         let pace = crowd.sent as f64 / time.as_secs_f64() / f64::from(crowd.streams + 1);
-        (time >= MIN_TIME).then_some(pace as u64)
+        (time >= MIN_CROWD_AGE).then_some(pace as u64)
     }
 
     /// Returns the digests of these pieces, or `None` unless all of them are remembered.
@@ -120,10 +121,10 @@ impl Crowds {
     }
 
     /// Remembers digests of the pieces from `first` on while the NAR is being sent. At
-    /// `MAX_DIGESTS_KEPT` digests it drops the new ones.
-    pub fn keep_digests(&self, hash: NarHash, first: u64, digests: &[PieceDigest]) {
+    /// `MAX_STORED_DIGESTS` digests it drops the new ones.
+    pub fn store_digests(&self, hash: NarHash, first: u64, digests: &[PieceDigest]) {
         if let Some(crowd) = self.crowds.lock().get_mut(&hash)
-            && crowd.digests.len() + digests.len() <= MAX_DIGESTS_KEPT
+            && crowd.digests.len() + digests.len() <= MAX_STORED_DIGESTS
         {
             crowd.digests.extend((first..).zip(digests.iter().copied()));
         }
@@ -194,47 +195,50 @@ mod tests {
     #[test]
     fn later_neighbour_is_referred_to_earlier_ones_once() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
-        let first = crowds.ask(hash, host(1), true, now);
+        let first = crowds.answer_request(hash, host(1), true, now);
         assert_eq!(names(&first), None);
-        assert_eq!(names(&crowds.ask(hash, host(2), true, now)), Some(vec![1]));
-        assert_eq!(names(&crowds.ask(hash, host(3), true, now)), Some(vec![1, 2]));
+        assert_eq!(names(&crowds.answer_request(hash, host(2), true, now)), Some(vec![1]));
+        assert_eq!(names(&crowds.answer_request(hash, host(3), true, now)), Some(vec![1, 2]));
         // It returns because the neighbours that were named did not have the NAR.
-        let second = crowds.ask(hash, host(3), true, now);
+        let second = crowds.answer_request(hash, host(3), true, now);
         assert_eq!(names(&second), None);
         // A neighbour that does not understand referrals, and another NAR.
-        assert_eq!(names(&crowds.ask(hash, host(4), false, now)), None);
-        assert_eq!(names(&crowds.ask(NarHash::from_bytes([2; 32]), host(5), true, now)), None);
+        assert_eq!(names(&crowds.answer_request(hash, host(4), false, now)), None);
+        assert_eq!(
+            names(&crowds.answer_request(NarHash::from_bytes([2; 32]), host(5), true, now)),
+            None
+        );
         drop(first);
-        assert_eq!(names(&crowds.ask(hash, host(6), true, now)), Some(vec![1, 2, 3]));
+        assert_eq!(names(&crowds.answer_request(hash, host(6), true, now)), Some(vec![1, 2, 3]));
         drop(second);
-        assert_eq!(names(&crowds.ask(hash, host(7), true, now)), None);
+        assert_eq!(names(&crowds.answer_request(hash, host(7), true, now)), None);
         assert!(crowds.crowds.lock().is_empty());
     }
 
     #[test]
     fn pace_is_divided_among_streams_and_one_more() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
-        assert_eq!(crowds.pace_of_one_more(hash, now), None);
-        let CrowdAnswer::Send(sending) = crowds.ask(hash, host(1), true, now) else {
+        assert_eq!(crowds.pace_for_next(hash, now), None);
+        let CrowdAnswer::Send(sending) = crowds.answer_request(hash, host(1), true, now) else {
             panic!("it is the first")
         };
         sending.record_sent(1_000_000);
-        assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_millis(100)), None);
-        assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), Some(500_000));
+        assert_eq!(crowds.pace_for_next(hash, now + Duration::from_millis(100)), None);
+        assert_eq!(crowds.pace_for_next(hash, now + Duration::from_secs(1)), Some(500_000));
         drop(sending);
-        assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), None);
+        assert_eq!(crowds.pace_for_next(hash, now + Duration::from_secs(1)), None);
     }
 
     #[test]
     fn digests_are_bounded_and_dropped_with_the_last_stream() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
-        crowds.keep_digests(hash, 0, &[[1; 32]]);
+        crowds.store_digests(hash, 0, &[[1; 32]]);
         assert_eq!(crowds.digests(hash, 0..1), None);
-        let sending = crowds.ask(hash, host(1), true, now);
-        crowds.keep_digests(hash, 4, &[[4; 32], [5; 32]]);
+        let sending = crowds.answer_request(hash, host(1), true, now);
+        crowds.store_digests(hash, 4, &[[4; 32], [5; 32]]);
         assert_eq!(crowds.digests(hash, 4..6), Some(vec![[4; 32], [5; 32]]));
         assert_eq!(crowds.digests(hash, 4..7), None);
-        crowds.keep_digests(hash, 6, &vec![[6; 32]; MAX_DIGESTS_KEPT]);
+        crowds.store_digests(hash, 6, &vec![[6; 32]; MAX_STORED_DIGESTS]);
         assert_eq!(crowds.digests(hash, 6..7), None);
         drop(sending);
         assert_eq!(crowds.digests(hash, 4..6), None);
@@ -253,11 +257,11 @@ mod tests {
     #[test]
     fn crowd_at_its_bound_names_no_later_neighbours() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
-        let _first = crowds.ask(hash, host(1), true, now);
+        let _first = crowds.answer_request(hash, host(1), true, now);
         let all: Vec<_> = (2..=200)
-            .map(|last| names(&crowds.ask(hash, host(last), true, now)).unwrap())
+            .map(|last| names(&crowds.answer_request(hash, host(last), true, now)).unwrap())
             .collect();
         assert_eq!(all[198], (49..=64).collect::<Vec<u8>>());
-        assert_eq!(crowds.crowds.lock()[&hash].getting.len(), MAX_GETTING);
+        assert_eq!(crowds.crowds.lock()[&hash].receivers.len(), MAX_RECEIVERS);
     }
 }

@@ -62,7 +62,7 @@ fn is_positive_weight(text: &str) -> bool {
 /// Compresses the bytes written to it into the chunks of a response. It holds about 1.4 MiB.
 pub(super) struct Compressor<'a, 'e> {
     encoder: Encoder<'static>,
-    out: Box<[u8]>,
+    buffer: Box<[u8]>,
     exchange: &'a mut Exchange<'e>,
 }
 
@@ -77,7 +77,7 @@ impl<'a, 'e> Compressor<'a, 'e> {
         encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
         // With the size, small NARs take less memory, and a different number of bytes is an error.
         encoder.set_pledged_src_size(Some(len))?;
-        Ok(Compressor { encoder, out: vec![0; CCtx::out_size()].into_boxed_slice(), exchange })
+        Ok(Compressor { encoder, buffer: vec![0; CCtx::out_size()].into_boxed_slice(), exchange })
     }
 
     /// Ends the zstd stream and the response. Without this call the response stays incomplete.
@@ -87,10 +87,10 @@ impl<'a, 'e> Compressor<'a, 'e> {
     /// The socket fails, or the number of bytes written differs from `len`.
     pub(super) fn finish(mut self) -> io::Result<()> {
         loop {
-            let mut output = OutBuffer::around(&mut self.out[..]);
+            let mut output = OutBuffer::around(&mut self.buffer[..]);
             let left = self.encoder.finish(&mut output, true)?;
             let len = output.pos();
-            self.exchange.chunk(&self.out[..len], left == 0)?;
+            self.exchange.chunk(&self.buffer[..len], left == 0)?;
             if left == 0 {
                 return Ok(());
             }
@@ -103,10 +103,10 @@ impl Write for Compressor<'_, '_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let mut input = InBuffer::around(piece);
         while input.pos() < piece.len() {
-            let mut output = OutBuffer::around(&mut self.out[..]);
+            let mut output = OutBuffer::around(&mut self.buffer[..]);
             self.encoder.run(&mut input, &mut output)?;
             let len = output.pos();
-            self.exchange.chunk(&self.out[..len], false)?;
+            self.exchange.chunk(&self.buffer[..len], false)?;
         }
         Ok(piece.len())
     }

@@ -27,16 +27,16 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Time that a new connection of this machine waits for room when the server is full. All other
 /// connections wait meanwhile. If there is still no room, the new connection is closed.
-const FULL_PAUSE: Duration = Duration::from_millis(100);
+const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Interval between searches for overdue connections while any connection is open.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Longest wait for events while no connection is open.
-const IDLE_WAIT: Duration = Duration::from_secs(60);
+const IDLE_POLL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Events taken from epoll at once.
-const EVENTS: usize = 64;
+const MAX_EVENTS: usize = 64;
 
 /// epoll ID of the wake-up event. Listeners have smaller IDs, their index; connections have greater
 /// ones.
@@ -45,36 +45,33 @@ const WAKE_EVENT_ID: u64 = 1 << 16;
 /// Runs the event loop until the server stops. The listeners from index `inside` on accept
 /// connections from outside, which a router forwards.
 pub(super) fn run(
-    shared: &Arc<ServerState>,
+    state: &Arc<ServerState>,
     listeners: &[TcpListener],
     inside: usize,
     stop: &OwnedFd,
 ) -> io::Result<()> {
-    for (place, listener) in listeners.iter().enumerate() {
-        epoll::add(&shared.epoll, listener, EventData::new_u64(place as u64), EventFlags::IN)?;
+    for (index, listener) in listeners.iter().enumerate() {
+        epoll::add(&state.epoll, listener, EventData::new_u64(index as u64), EventFlags::IN)?;
     }
-    epoll::add(&shared.epoll, stop, EventData::new_u64(WAKE_EVENT_ID), EventFlags::IN)?;
-    let mut watcher = EventLoop {
-        shared,
+    epoll::add(&state.epoll, stop, EventData::new_u64(WAKE_EVENT_ID), EventFlags::IN)?;
+    let mut event_loop = EventLoop {
+        state,
         next_id: WAKE_EVENT_ID + 1,
-        spare: ReceiveBuffer::default(),
-        out: Vec::new(),
+        spare_buffer: ReceiveBuffer::default(),
+        response: Vec::new(),
     };
-    let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
+    let mut events: Vec<Event> = Vec::with_capacity(MAX_EVENTS);
     let mut swept = Instant::now();
     loop {
-        let timeout = if shared.connections.is_empty() { IDLE_WAIT } else { SWEEP_INTERVAL };
+        let timeout = if state.connections.is_empty() { IDLE_POLL_TIMEOUT } else { SWEEP_INTERVAL };
         let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: 0 };
         events.clear();
-        match epoll::wait(
-            &shared.epoll,
-            rustix::buffer::spare_capacity(&mut events),
-            Some(&timeout),
-        ) {
+        match epoll::wait(&state.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout))
+        {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
-        if shared.is_stopping() {
+        if state.is_stopping() {
             return Ok(());
         }
         // All these events are older, so one database generation serves them all.
@@ -82,29 +79,29 @@ pub(super) fn run(
         for event in &events {
             match event.data.u64() {
                 WAKE_EVENT_ID => {}
-                id if id > WAKE_EVENT_ID => watcher.handle_event(id, &mut now),
-                place => watcher.accept(&listeners[place as usize], place as usize >= inside),
+                id if id > WAKE_EVENT_ID => event_loop.handle_event(id, &mut now),
+                index => event_loop.accept(&listeners[index as usize], index as usize >= inside),
             }
         }
         let now = Instant::now();
         if now.duration_since(swept) >= SWEEP_INTERVAL {
             swept = now;
-            shared.connections.end_overdue(now);
-            if events.is_empty() && shared.connections.is_empty() {
-                shared.handler.on_idle();
+            state.connections.end_overdue(now);
+            if events.is_empty() && state.connections.is_empty() {
+                state.handler.on_idle();
             }
         }
     }
 }
 
 struct EventLoop<'a> {
-    shared: &'a Arc<ServerState>,
+    state: &'a Arc<ServerState>,
     next_id: u64,
     /// Receive buffer lent to connections that have none. It comes back empty after a complete
     /// request.
-    spare: ReceiveBuffer,
+    spare_buffer: ReceiveBuffer,
     /// The response being built.
-    out: Vec<u8>,
+    response: Vec<u8>,
 }
 
 /// What happens to a connection after an event.
@@ -129,9 +126,9 @@ impl EventLoop<'_> {
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
                 ) => {}
             Err(e) => {
-                self.shared.record_fault("accepting connections", &e);
+                self.state.record_fault("accepting connections", &e);
                 // All other connections wait during the pause.
-                if !self.shared.connections.close_idlest() {
+                if !self.state.connections.close_idlest() {
                     thread::sleep(ACCEPT_PAUSE);
                 }
             }
@@ -146,16 +143,16 @@ impl EventLoop<'_> {
             return;
         }
         self.next_id += 1;
-        let connections = &self.shared.connections;
+        let connections = &self.state.connections;
         let connection = connections.insert(self.next_id, stream, peer, is_outside, is_own);
-        self.shared.watch(&connection);
+        self.state.watch(&connection);
     }
 
-    /// Makes room for a connection from `peer`. For this machine it waits up to [`FULL_PAUSE`].
+    /// Makes room for a connection from `peer`. For this machine it waits up to [`ROOM_TIMEOUT`].
     fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
-        let deadline = Instant::now() + FULL_PAUSE;
-        while !self.shared.connections.make_room(peer, is_own) {
-            if !is_own || Instant::now() >= deadline || self.shared.is_stopping() {
+        let deadline = Instant::now() + ROOM_TIMEOUT;
+        while !self.state.connections.make_room(peer, is_own) {
+            if !is_own || Instant::now() >= deadline || self.state.is_stopping() {
                 return false;
             }
             thread::sleep(Duration::from_millis(2));
@@ -164,42 +161,46 @@ impl EventLoop<'_> {
     }
 
     /// Handles an event on a connection: bytes arrived, or it ended.
-    fn handle_event(&mut self, id: u64, now: &mut PollGeneration) {
+    fn handle_event(&mut self, id: u64, generation: &mut PollGeneration) {
         // The connection may have been closed since, to make room.
-        let Some(connection) = self.shared.connections.get(id) else { return };
-        let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection, now)));
+        let Some(connection) = self.state.connections.get(id) else { return };
+        let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection, generation)));
         // After a panic, a thread of the pool answers the request.
         match next.unwrap_or(ConnectionFate::HandOver) {
             ConnectionFate::Watch => {}
-            ConnectionFate::End => self.shared.connections.end(&connection),
+            ConnectionFate::End => self.state.connections.end(&connection),
             ConnectionFate::HandOver => {
-                connection.set_at_work();
-                match epoll::delete(&self.shared.epoll, connection.stream.socket()) {
-                    Ok(()) => hand_over(self.shared, connection),
-                    Err(_) => self.shared.connections.end(&connection),
+                connection.set_busy();
+                match epoll::delete(&self.state.epoll, connection.stream.socket()) {
+                    Ok(()) => hand_over(self.state, connection),
+                    Err(_) => self.state.connections.end(&connection),
                 }
             }
         }
     }
 
-    fn receive(&mut self, connection: &Connection, now: &mut PollGeneration) -> ConnectionFate {
+    fn receive(
+        &mut self,
+        connection: &Connection,
+        generation: &mut PollGeneration,
+    ) -> ConnectionFate {
         // Decrypting takes time, and may have to wait for the rest of a record.
         if connection.stream.key().is_some() {
             return ConnectionFate::HandOver;
         }
         let mut bytes = connection.bytes();
-        let own = bytes.received.is_empty();
-        if own {
-            std::mem::swap(&mut bytes.received, &mut self.spare);
+        let uses_spare = bytes.received.is_empty();
+        if uses_spare {
+            std::mem::swap(&mut bytes.received, &mut self.spare_buffer);
         }
         let next = match bytes.received.fill(&connection.stream, false) {
             Ok(0) => ConnectionFate::End,
-            Ok(_) => self.answer(connection, &mut bytes, now),
+            Ok(_) => self.answer(connection, &mut bytes, generation),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => ConnectionFate::Watch,
             Err(_) => ConnectionFate::End,
         };
-        match own && bytes.received.is_empty() {
-            true => std::mem::swap(&mut bytes.received, &mut self.spare),
+        match uses_spare && bytes.received.is_empty() {
+            true => std::mem::swap(&mut bytes.received, &mut self.spare_buffer),
             false => bytes.received.shrink(),
         }
         next
@@ -211,13 +212,13 @@ impl EventLoop<'_> {
         &mut self,
         connection: &Connection,
         bytes: &mut ConnectionProgress,
-        now: &mut PollGeneration,
+        generation: &mut PollGeneration,
     ) -> ConnectionFate {
         let received = &mut bytes.received;
-        if self.shared.begins_tls(received) {
+        if self.state.begins_tls(received) {
             return ConnectionFate::HandOver;
         }
-        if connection.is_outside && !self.shared.handler.answers_outside() {
+        if connection.is_outside && !self.state.handler.answers_outside() {
             return ConnectionFate::End;
         }
         let len = match received.head_len() {
@@ -225,16 +226,16 @@ impl EventLoop<'_> {
             None if received.is_full() => return ConnectionFate::HandOver,
             None => return ConnectionFate::Watch,
         };
-        connection.set_at_work();
-        let (shared, out) = (self.shared, &mut self.out);
-        out.clear();
+        connection.set_busy();
+        let (state, response) = (self.state, &mut self.response);
+        response.clear();
         let answered = head::parse(received.split(len).0, connection.peer, None, |request| {
             let client = (connection.is_outside, connection.is_own);
             let request = request.map(|request| request.with_client(client.0, client.1));
             let request =
                 request.ok().filter(|request| request.keep_alive && request.body_len == 0)?;
-            let answer = shared.handler.try_cached(&request, now)?;
-            answer.print(out, request.method == "HEAD").ok()
+            let answer = state.handler.try_cached(&request, generation)?;
+            answer.print(response, request.method == "HEAD").ok()
         });
         if answered.is_none() {
             return ConnectionFate::HandOver;
@@ -242,18 +243,18 @@ impl EventLoop<'_> {
         received.consume(len);
         let sent = match send(
             connection.stream.socket(),
-            out,
+            response,
             SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
         ) {
             Ok(sent) => sent,
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(_) => return ConnectionFate::End,
         };
-        if sent < out.len() || received.head_len().is_some() {
-            bytes.unsent.extend_from_slice(&out[sent..]);
+        if sent < response.len() || received.head_len().is_some() {
+            bytes.unsent.extend_from_slice(&response[sent..]);
             return ConnectionFate::HandOver;
         }
-        shared.connections.set_idle(connection, Instant::now());
+        state.connections.set_idle(connection, Instant::now());
         ConnectionFate::Watch
     }
 }
@@ -435,6 +436,6 @@ mod tests {
         let before = Instant::now();
         client.write_all(b"GET").unwrap();
         assert_eq!(buffer.fill(&stream, true).unwrap(), 3);
-        assert!(buffer.began().unwrap() >= before);
+        assert!(buffer.first_byte_at().unwrap() >= before);
     }
 }

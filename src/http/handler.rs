@@ -41,7 +41,7 @@ pub struct CacheHandler {
     /// `Priority` in nix-cache-info.
     pub priority: u32,
     /// Limits concurrent NARs, listings and logs.
-    pub permits: StreamLimits,
+    pub stream_limits: StreamLimits,
     /// Tracks the neighbours that are downloading a large NAR.
     pub crowds: Crowds,
     /// TLS settings and list of friends; `None` disables TLS.
@@ -96,7 +96,11 @@ pub const NOT_THERE: RequestError = RequestError::Refused(RouteError::NotThere);
 impl Handler for CacheHandler {
     /// Answers narinfos and small NARs of the own store, which many clients request at the same
     /// time. WAN requests are left to [`Handler::handle`].
-    fn try_cached(&self, request: &Request<'_>, now: &mut PollGeneration) -> Option<ShortResponse> {
+    fn try_cached(
+        &self,
+        request: &Request<'_>,
+        generation: &mut PollGeneration,
+    ) -> Option<ShortResponse> {
         let scope = self.scope(request);
         let route = route(request.method, request.target, scope, self.access.serves(scope)).ok()?;
         let hash_part = match &route {
@@ -108,31 +112,29 @@ impl Handler for CacheHandler {
         // or for `/etc/hosts` (a `Host` that is a name).
         let is_limited = scope != Scope::ThisMachine && self.upload_limit.is_some();
         let waits = is_limited || scope == Scope::Wan || origin::is_under_a_name(request);
-        if waits || self.keep_pages_out(&route, request, scope).is_err() {
+        if waits || self.refuse_web_pages(&route, request, scope).is_err() {
             return None;
         }
-        match (self.store.path_info_at_once(hash_part, now)?, &route) {
+        match (self.store.path_info_at_once(hash_part, generation)?, &route) {
             (Some(info), _) if !self.access.allows_now(scope, &info) => {
-                Some(ShortResponse::send_text(404, NOT_FOUND))
+                Some(ShortResponse::text(404, NOT_FOUND))
             }
             (Some(info), Route::OwnNarinfo(..))
-                if info.references.len() > narinfo::MANY_REFERENCES =>
+                if info.references.len() > narinfo::MAX_SHORT_REFERENCES =>
             {
                 None
             }
             (Some(info), Route::OwnNarinfo(_, view)) => {
                 Some(narinfo::own(self, &info, *view, request).answer())
             }
-            (Some(info), Route::OwnNar(name, _)) => {
-                nar::own_at_once(self, name, &info, scope, request)
-            }
+            (Some(info), Route::OwnNar(name, _)) => nar::try_own(self, name, &info, scope, request),
             // This machine is downloading the NAR.
             (None, Route::OwnNar(name, StoreView::Peers))
                 if self.downloader.spools.get(&name.nar_hash).is_some() =>
             {
                 None
             }
-            _ => Some(ShortResponse::send_text(404, NOT_FOUND)),
+            _ => Some(ShortResponse::text(404, NOT_FOUND)),
         }
     }
 
@@ -167,7 +169,7 @@ impl Handler for CacheHandler {
             .for_each(|key| self.lookup.record_friend_request(&NodeKey::from_bytes(*key)));
         let answered = route(request.method, request.target, scope, self.access.serves(scope))
             .map_err(RequestError::Refused)
-            .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
+            .and_then(|route| self.refuse_web_pages(&route, request, scope).map(|()| route))
             .and_then(|route| self.answer(&route, request, scope, exchange));
         let Err(failure) = answered else { return Ok(()) };
         let busy = |exchange: &mut Exchange<'_>, line| match knows_busy(request, scope) {
@@ -233,7 +235,7 @@ impl CacheHandler {
     /// Refuses requests that a web page in a browser may have made. nix-cache-info is exempt: it
     /// discloses nothing, and Nix considers a cache without it broken. Nix treats a 403 as a
     /// missing path.
-    fn keep_pages_out(
+    fn refuse_web_pages(
         &self,
         route: &Route,
         request: &Request<'_>,
@@ -266,7 +268,7 @@ impl CacheHandler {
         exchange: &mut Exchange<'_>,
     ) -> Result<(), RequestError> {
         match route {
-            Route::Status(what) => status::tell(self, *what, true, exchange),
+            Route::Status(what) => status::send_status(self, *what, true, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => {
                 // `found` keeps the memory reservation of a large narinfo until it is sent.
@@ -293,7 +295,7 @@ impl CacheHandler {
             Route::PeerLog(derivation) => {
                 let log = self.lookup.log(derivation).ok_or(NOT_THERE)?;
                 let _permit = self.permit(request, scope, exchange)?;
-                send_text(log.len, log.text, exchange)
+                send_log(log.len, log.text, exchange)
             }
             Route::PeerRealisation(id) => {
                 let realisation = self.lookup.realisation(id).ok_or(NOT_THERE)?;
@@ -308,7 +310,7 @@ impl CacheHandler {
                     {
                         let spool = self.downloader.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
                         let _permit = self.permit(request, scope, exchange)?;
-                        return nar::on_its_way(self, name, &spool, request, exchange);
+                        return nar::from_spool(self, name, &spool, request, exchange);
                     }
                     info => info?,
                 };
@@ -354,11 +356,11 @@ impl CacheHandler {
     ) -> Result<(), RequestError> {
         let mut info = self.shared(hash_part, scope)?;
         let mut permit = None;
-        if info.references.len() > narinfo::MANY_REFERENCES {
+        if info.references.len() > narinfo::MAX_SHORT_REFERENCES {
             // Requests that wait for a permit hold no path info, which may be large.
             drop(info);
             let is_own = scope == Scope::ThisMachine;
-            let got = self.permits.for_large_narinfo(is_own, exchange.progress());
+            let got = self.stream_limits.for_large_narinfo(is_own, exchange.progress());
             permit = Some(got.ok_or(RequestError::Busy)?);
             info = self.shared(hash_part, scope)?;
         }
@@ -413,7 +415,7 @@ impl CacheHandler {
         let ip = request.peer_address.ip().to_canonical();
         let peer = (scope != Scope::ThisMachine).then_some(ip);
         let waits = !knows_busy(request, scope);
-        self.permits.for_stream(peer, exchange.progress(), waits).ok_or(RequestError::Busy)
+        self.stream_limits.for_stream(peer, exchange.progress(), waits).ok_or(RequestError::Busy)
     }
 
     fn cache_info(&self, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
@@ -445,7 +447,7 @@ impl CacheHandler {
 
     fn log(&self, derivation: &StorePath, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
         let log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
-        send_text(log.len, log.reader, exchange)
+        send_log(log.len, log.reader, exchange)
     }
 }
 
@@ -457,7 +459,7 @@ fn knows_busy(request: &Request<'_>, scope: Scope) -> bool {
 
 const JSON: [(&str, &str); 1] = [("Content-Type", "application/json")];
 
-fn send_text(
+fn send_log(
     len: u64,
     text: impl io::Read,
     exchange: &mut Exchange<'_>,

@@ -33,7 +33,7 @@ pub(super) struct Handshakes {
 #[derive(Default)]
 struct HandshakesState {
     /// Handshakes under way, oldest first.
-    places: Vec<PendingHandshake>,
+    pending: Vec<PendingHandshake>,
     /// Addresses at which friends were authenticated.
     addresses: BoundedMap<IpAddr, (), MAX_ADDRESSES>,
 }
@@ -56,20 +56,20 @@ pub(super) struct HandshakePermit<'a> {
 impl Handshakes {
     /// Registers a handshake. At the limit, it first ends the oldest handshake of the network that
     /// has the most of them. Does not wait.
-    pub(super) fn enter(&self, id: u64, ip: IpAddr, socket: TcpStream) -> HandshakePermit<'_> {
+    pub(super) fn register(&self, id: u64, ip: IpAddr, socket: TcpStream) -> HandshakePermit<'_> {
         let ip = ip.to_canonical();
         let mut state = self.state.lock();
         let is_known = state.addresses.get(&ip).is_some();
-        let friends = state.places.iter().filter(|seat| seat.is_known).count();
-        let strangers = state.places.len() - friends;
-        let is_full = state.places.len() >= MAX_HANDSHAKES
+        let friends = state.pending.iter().filter(|handshake| handshake.is_known).count();
+        let strangers = state.pending.len() - friends;
+        let is_full = state.pending.len() >= MAX_HANDSHAKES
             || !is_known && strangers >= MAX_HANDSHAKES - FRIENDS_HANDSHAKES;
         // Below the limit, a stranger is beyond the strangers' share.
-        let ends_known = friends > FRIENDS_HANDSHAKES && state.places.len() >= MAX_HANDSHAKES;
-        if is_full && let Some(at) = state.victim(ends_known) {
-            let _ = state.places.remove(at).socket.shutdown(Shutdown::Both);
+        let ends_known = friends > FRIENDS_HANDSHAKES && state.pending.len() >= MAX_HANDSHAKES;
+        if is_full && let Some(index) = state.victim(ends_known) {
+            let _ = state.pending.remove(index).socket.shutdown(Shutdown::Both);
         }
-        state.places.push(PendingHandshake { id, group: group(ip), is_known, socket });
+        state.pending.push(PendingHandshake { id, group: group(ip), is_known, socket });
         HandshakePermit { handshakes: self, id, ip }
     }
 }
@@ -79,11 +79,15 @@ impl HandshakesState {
     /// the others.
     fn victim(&self, is_known: bool) -> Option<usize> {
         let size = |group: IpAddr| {
-            self.places.iter().filter(|s| s.is_known == is_known && s.group == group).count()
+            self.pending
+                .iter()
+                .filter(|handshake| handshake.is_known == is_known && handshake.group == group)
+                .count()
         };
-        let all = self.places.iter().enumerate().filter(|(_, seat)| seat.is_known == is_known);
+        let candidates =
+            self.pending.iter().enumerate().filter(|(_, handshake)| handshake.is_known == is_known);
         // `max_by_key` returns the last of equal elements, so the order is reversed.
-        all.rev().max_by_key(|(_, seat)| size(seat.group)).map(|(at, _)| at)
+        candidates.rev().max_by_key(|(_, handshake)| size(handshake.group)).map(|(index, _)| index)
     }
 }
 
@@ -96,7 +100,7 @@ impl HandshakePermit<'_> {
 
 impl Drop for HandshakePermit<'_> {
     fn drop(&mut self) {
-        self.handshakes.state.lock().places.retain(|seat| seat.id != self.id);
+        self.handshakes.state.lock().pending.retain(|handshake| handshake.id != self.id);
     }
 }
 
@@ -111,15 +115,16 @@ mod tests {
     }
 
     fn ids(handshakes: &Handshakes) -> Vec<u64> {
-        handshakes.state.lock().places.iter().map(|seat| seat.id).collect()
+        handshakes.state.lock().pending.iter().map(|handshake| handshake.id).collect()
     }
 
     #[test]
     fn flood_from_one_network_ends_only_its_own_handshakes() {
         let handshakes = Handshakes::default();
         let flood = |n: u64| IpAddr::from([203, 0, 113, n as u8]);
-        let _victim = handshakes.enter(9999, "198.51.100.1".parse().unwrap(), socket());
-        let _places: Vec<_> = (0..200).map(|n| handshakes.enter(n, flood(n), socket())).collect();
+        let _victim = handshakes.register(9999, "198.51.100.1".parse().unwrap(), socket());
+        let _places: Vec<_> =
+            (0..200).map(|n| handshakes.register(n, flood(n), socket())).collect();
         let open = ids(&handshakes);
         assert_eq!(open.len(), MAX_HANDSHAKES - FRIENDS_HANDSHAKES);
         assert!(open.contains(&9999), "another network was shut out");
@@ -130,13 +135,14 @@ mod tests {
     fn strangers_do_not_end_handshakes_of_friends() {
         let handshakes = Handshakes::default();
         let friend: IpAddr = "192.0.2.7".parse().unwrap();
-        handshakes.enter(1, friend, socket()).record_friend();
+        handshakes.register(1, friend, socket()).record_friend();
         assert!(ids(&handshakes).is_empty(), "a place was not returned");
-        let friends: Vec<_> =
-            (0..FRIENDS_HANDSHAKES as u64).map(|n| handshakes.enter(n, friend, socket())).collect();
+        let friends: Vec<_> = (0..FRIENDS_HANDSHAKES as u64)
+            .map(|n| handshakes.register(n, friend, socket()))
+            .collect();
         let stranger = |n: u64| IpAddr::from([10, 0, n as u8, 1]);
         let _strangers: Vec<_> =
-            (100..300).map(|n| handshakes.enter(n, stranger(n), socket())).collect();
+            (100..300).map(|n| handshakes.register(n, stranger(n), socket())).collect();
         let open = ids(&handshakes);
         assert_eq!(open.len(), MAX_HANDSHAKES);
         assert!((0..FRIENDS_HANDSHAKES as u64).all(|id| open.contains(&id)), "{open:?}");
@@ -150,15 +156,15 @@ mod tests {
         let handshakes = Handshakes::default();
         let friend = IpAddr::from([192, 0, 2, 7]);
         let other = IpAddr::from([198, 51, 100, 1]);
-        handshakes.enter(999, friend, socket()).record_friend();
-        handshakes.enter(999, other, socket()).record_friend();
+        handshakes.register(999, friend, socket()).record_friend();
+        handshakes.register(999, other, socket()).record_friend();
         let flood = |from: u64| -> Vec<_> {
-            (from..from + 100).map(|n| handshakes.enter(n, friend, socket())).collect()
+            (from..from + 100).map(|n| handshakes.register(n, friend, socket())).collect()
         };
         let mut places = flood(0);
-        places.push(handshakes.enter(1000, other, socket()));
+        places.push(handshakes.register(1000, other, socket()));
         let stranger = |n: u64| IpAddr::from([10, 0, 0, n as u8]);
-        places.extend((2000..2050).map(|n| handshakes.enter(n, stranger(n), socket())));
+        places.extend((2000..2050).map(|n| handshakes.register(n, stranger(n), socket())));
         places.extend(flood(100));
         let open = ids(&handshakes);
         assert!(open.len() <= MAX_HANDSHAKES, "{open:?}");

@@ -8,11 +8,11 @@ use std::time::Instant;
 
 /// Largest request head, in bytes. A longer one gets a 431. Nix's have 200 bytes; the rest is room
 /// for the fields of proxies.
-pub const MAX_HEAD: usize = 16 * 1024;
+pub const MAX_HEAD_BYTES: usize = 16 * 1024;
 /// Most header fields in a head. A head with more gets a 431.
 const MAX_FIELDS: usize = 64;
 /// Least free buffer space before a read, in bytes. A request of Nix fits.
-const CHUNK: usize = 4096;
+const READ_CHUNK_BYTES: usize = 4096;
 
 /// One parsed request head.
 pub struct Request<'a> {
@@ -78,7 +78,7 @@ pub enum HeadError {
 pub struct ReceiveBuffer {
     bytes: Vec<u8>,
     scanned: usize,
-    began: Option<Instant>,
+    first_byte_at: Option<Instant>,
 }
 
 impl ReceiveBuffer {
@@ -88,18 +88,18 @@ impl ReceiveBuffer {
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if nothing arrived in that time; errors of the socket.
     pub(super) fn fill(&mut self, stream: &ConnectionStream, wait: bool) -> io::Result<usize> {
-        self.bytes.reserve(CHUNK);
-        let came = stream.append_to(&mut self.bytes, wait)?;
+        self.bytes.reserve(READ_CHUNK_BYTES);
+        let received = stream.append_to(&mut self.bytes, wait)?;
         // The end of one connection must not start the head of another that uses this buffer next.
-        if came > 0 {
-            self.began.get_or_insert_with(Instant::now);
+        if received > 0 {
+            self.first_byte_at.get_or_insert_with(Instant::now);
         }
-        Ok(came)
+        Ok(received)
     }
 
     /// When the first of the buffered bytes arrived; `None` if the buffer is empty.
-    pub fn began(&self) -> Option<Instant> {
-        self.began.filter(|_| !self.is_empty())
+    pub fn first_byte_at(&self) -> Option<Instant> {
+        self.first_byte_at.filter(|_| !self.is_empty())
     }
 
     /// Frees the memory of an empty buffer.
@@ -119,10 +119,10 @@ impl ReceiveBuffer {
         self.bytes.is_empty()
     }
 
-    /// Whether at least [`MAX_HEAD`] bytes are buffered, so that a head that is still incomplete is
-    /// too long.
+    /// Whether at least [`MAX_HEAD_BYTES`] bytes are buffered, so that a head that is still
+    /// incomplete is too long.
     pub fn is_full(&self) -> bool {
-        self.bytes.len() >= MAX_HEAD
+        self.bytes.len() >= MAX_HEAD_BYTES
     }
 
     /// Splits the buffered bytes after the first `len`. Panics if there are fewer.
@@ -134,17 +134,17 @@ impl ReceiveBuffer {
     pub fn consume(&mut self, len: usize) {
         self.bytes.drain(..len);
         self.scanned = 0;
-        self.began = (!self.bytes.is_empty()).then(Instant::now);
+        self.first_byte_at = (!self.bytes.is_empty()).then(Instant::now);
     }
 
     /// Length of the first head, with its blank line; `None` if it is incomplete or longer than
-    /// [`MAX_HEAD`].
+    /// [`MAX_HEAD_BYTES`].
     pub fn head_len(&mut self) -> Option<usize> {
         let from = self.scanned.saturating_sub(3);
         let end = self.bytes[from..].windows(4).position(|w| w == b"\r\n\r\n");
         // Stops before the end that was found, so that the next call finds it again.
         self.scanned = end.map_or(self.bytes.len(), |at| from + at + 3);
-        end.map(|at| from + at + 4).filter(|&len| len <= MAX_HEAD)
+        end.map(|at| from + at + 4).filter(|&len| len <= MAX_HEAD_BYTES)
     }
 }
 

@@ -14,7 +14,7 @@ pub struct MetricsHandler(pub Arc<CacheHandler>);
 
 impl Handler for MetricsHandler {
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        let told = match request.target.split('?').next() {
+        let route = match request.target.split('?').next() {
             _ if !matches!(request.method, "GET" | "HEAD") => {
                 return exchange.say(405, "only GET and HEAD");
             }
@@ -22,7 +22,7 @@ impl Handler for MetricsHandler {
             Some("/health") => StatusRoute::Health,
             _ => return exchange.say(404, "not found; there is /metrics and /health"),
         };
-        match status::tell(&self.0, told, false, exchange) {
+        match status::send_status(&self.0, route, false, exchange) {
             Err(RequestError::Io(e)) => Err(e),
             Err(_) => exchange.say(500, "not available"),
             Ok(()) => Ok(()),

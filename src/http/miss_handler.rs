@@ -37,9 +37,9 @@ impl MissHandler {
         format!("{}; to build without any cache: --option substituters ''", self.problem)
     }
 
-    fn tell(&self, what: StatusRoute, exchange: &mut Exchange<'_>) -> io::Result<()> {
+    fn send_status(&self, route: StatusRoute, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let mut fields = FIELDS.to_vec();
-        let (status, kind, body) = match what {
+        let (status, kind, body) = match route {
             StatusRoute::Page => {
                 let page = status::page(&(self.report)());
                 fields.push(("Content-Security-Policy", page.policy));
@@ -76,7 +76,7 @@ impl Handler for MissHandler {
                 exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())
             }
             Ok(Route::Status(what)) if origin::suspicion(request, true).is_none() => {
-                self.tell(what, exchange)
+                self.send_status(what, exchange)
             }
             // Other machines do not learn the problem.
             _ => exchange.say(

@@ -34,7 +34,7 @@ enum ContentCoding {
 
 /// Returns the whole response for a small NAR of this machine's store; `None` if that might wait.
 /// The caller excludes WAN requests.
-pub(super) fn own_at_once(
+pub(super) fn try_own(
     cache: &CacheHandler,
     name: &NarFileName,
     info: &PathInfo,
@@ -73,23 +73,30 @@ pub(super) fn own(
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
-    let accepts = is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
-    let compressing = if accepts { cache.permits.try_compression_permit() } else { None };
-    let coding = match compressing {
+    let accepts_compression =
+        is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
+    let compression_permit =
+        if accepts_compression { cache.stream_limits.try_compression_permit() } else { None };
+    let coding = match compression_permit {
         Some(_) => ContentCoding::Zstd,
         None if is_far => ContentCoding::Identity,
         None => ContentCoding::Never,
     };
-    let (status, part) = wanted(request, name, coding, info.nar_size)?;
+    let (status, part) = requested_range(request, name, coding, info.nar_size)?;
     let is_large = info.nar_size >= spool::MIN_SIZE && scope == Scope::Lan && exchange.wants_body();
-    let sending = match is_large.then(|| {
-        cache.crowds.ask(name.nar_hash, asker(request), accepts_relays(request), Instant::now())
+    let crowd_stream = match is_large.then(|| {
+        cache.crowds.answer_request(
+            name.nar_hash,
+            asker(request),
+            accepts_relays(request),
+            Instant::now(),
+        )
     }) {
         Some(CrowdAnswer::Name(others)) => {
             let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
             return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
         }
-        Some(CrowdAnswer::Send(sending)) => Some(sending),
+        Some(CrowdAnswer::Send(crowd_stream)) => Some(crowd_stream),
         None => None,
     };
     begin(exchange, name, coding, status, &part, info.nar_size)?;
@@ -104,11 +111,15 @@ pub(super) fn own(
         Scope::Wan | Scope::Friend => Some(Network::Wan),
     };
     let len = part.end - part.start;
-    let recorded = network
+    let transfer_guard = network
         .map(|network| cache.stats.send(info.path.base_name(), len, network, request.peer_address));
     let write = |out: &mut dyn NarSink| {
-        let (passed, recorded, sending) = (&mut sent, &recorded, &sending);
-        cache.store.write_nar(info, part, &mut CountingSink { out, passed, recorded, sending })
+        let (sent, transfer_guard, crowd_stream) = (&mut sent, &transfer_guard, &crowd_stream);
+        cache.store.write_nar(
+            info,
+            part,
+            &mut CountingSink { out, sent, transfer_guard, crowd_stream },
+        )
     };
     let written = if coding == ContentCoding::Zstd {
         let mut out = Compressor::new(exchange, len)?;
@@ -121,7 +132,7 @@ pub(super) fn own(
     }
     match written {
         Ok(()) => {
-            recorded.iter().for_each(TransferGuard::record_whole);
+            transfer_guard.iter().for_each(TransferGuard::record_whole);
             Ok(())
         }
         Err(NarError::Write(e)) => Err(e.into()),
@@ -143,29 +154,33 @@ fn accepts_relays(request: &Request<'_>) -> bool {
 }
 
 /// Sends a neighbour a NAR that this machine is still downloading.
-pub(super) fn on_its_way(
+pub(super) fn from_spool(
     cache: &CacheHandler,
     name: &NarFileName,
     spool: &Spool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), RequestError> {
-    let (status, part) = wanted(request, name, ContentCoding::Never, spool.size())?;
+    let (status, part) = requested_range(request, name, ContentCoding::Never, spool.size())?;
     begin(exchange, name, ContentCoding::Never, status, &part, spool.size())?;
     if !exchange.wants_body() {
         return Ok(());
     }
-    let recorded = Some(cache.stats.send(
+    let transfer_guard = Some(cache.stats.send(
         &spool.name,
         part.end - part.start,
         Network::Lan,
         request.peer_address,
     ));
     let mut sent = 0;
-    let mut counting =
-        CountingSink { out: exchange, passed: &mut sent, recorded: &recorded, sending: &None };
-    spool.write_to(part, &mut counting)?;
-    recorded.iter().for_each(TransferGuard::record_whole);
+    let mut sink = CountingSink {
+        out: exchange,
+        sent: &mut sent,
+        transfer_guard: &transfer_guard,
+        crowd_stream: &None,
+    };
+    spool.write_to(part, &mut sink)?;
+    transfer_guard.iter().for_each(TransferGuard::record_whole);
     Ok(())
 }
 
@@ -198,7 +213,7 @@ pub(super) fn digests(
     );
     let mut fields = vec![("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
     let pace =
-        cache.crowds.pace_of_one_more(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
+        cache.crowds.pace_for_next(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
     fields.extend(pace.as_deref().map(|pace| (PACE_HEADER, pace)));
     Ok(exchange.send(status, &fields, &digests)?)
 }
@@ -209,25 +224,22 @@ fn piece_digests(
     info: &PathInfo,
     pieces: Range<u64>,
 ) -> Result<Vec<PieceDigest>, RequestError> {
-    let known = || cache.crowds.digests(info.nar_hash, pieces.clone());
-    if let Some(digests) = known() {
+    let stored = || cache.crowds.digests(info.nar_hash, pieces.clone());
+    if let Some(digests) = stored() {
         return Ok(digests);
     }
-    let _place = cache.crowds.acquire_hashing_permit().ok_or(RequestError::Busy)?;
+    let _permit = cache.crowds.acquire_hashing_permit().ok_or(RequestError::Busy)?;
     // Another request may have computed them during the wait.
-    if let Some(digests) = known() {
+    if let Some(digests) = stored() {
         return Ok(digests);
     }
     let bytes =
         pieces.start * DIGEST_PIECE as u64..info.nar_size.min(pieces.end * DIGEST_PIECE as u64);
-    let mut hashing =
+    let mut sink =
         HashingSink { context: Context::new(&SHA256), left: DIGEST_PIECE, digests: Vec::new() };
-    cache
-        .store
-        .write_nar(info, bytes, &mut hashing)
-        .map_err(|e| cache.not_served(&info.path, &e))?;
-    let digests = hashing.finish();
-    cache.crowds.keep_digests(info.nar_hash, pieces.start, &digests);
+    cache.store.write_nar(info, bytes, &mut sink).map_err(|e| cache.not_served(&info.path, &e))?;
+    let digests = sink.finish();
+    cache.crowds.store_digests(info.nar_hash, pieces.start, &digests);
     Ok(digests)
 }
 
@@ -275,20 +287,20 @@ impl NarSink for HashingSink {}
 /// Counts the NAR's bytes that pass through it.
 struct CountingSink<'a> {
     out: &'a mut dyn NarSink,
-    passed: &'a mut u64,
-    recorded: &'a Option<TransferGuard<'a>>,
+    sent: &'a mut u64,
+    transfer_guard: &'a Option<TransferGuard<'a>>,
     /// The stream in its crowd, if a neighbour gets a large NAR.
-    sending: &'a Option<CrowdStream<'a>>,
+    crowd_stream: &'a Option<CrowdStream<'a>>,
 }
 
 impl CountingSink<'_> {
     fn count(&mut self, bytes: u64) {
-        *self.passed += bytes;
-        if let Some(transfer) = self.recorded {
+        *self.sent += bytes;
+        if let Some(transfer) = self.transfer_guard {
             transfer.moved(bytes);
-            transfer.progress(*self.passed);
+            transfer.progress(*self.sent);
         }
-        self.sending.iter().for_each(|sending| sending.record_sent(bytes));
+        self.crowd_stream.iter().for_each(|crowd_stream| crowd_stream.record_sent(bytes));
     }
 }
 
@@ -328,15 +340,15 @@ pub(super) fn from_peer(
     }
     let nar = cache.downloader.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
     let size = nar.size();
-    let (status, part) = wanted(request, name, ContentCoding::Never, size)?;
+    let (status, part) = requested_range(request, name, ContentCoding::Never, size)?;
     if !exchange.wants_body() {
         return Ok(begin(exchange, name, ContentCoding::Never, status, &part, size)?);
     }
     // A 200 is sent only after the first bytes arrived; until then a 404 sends Nix to its next
     // substituter.
-    let begun = nar.start().ok_or(NOT_THERE)?;
+    let started = nar.start().ok_or(NOT_THERE)?;
     begin(exchange, name, ContentCoding::Never, status, &part, size)?;
-    match begun.relay(&part, exchange) {
+    match started.relay(&part, exchange) {
         // If the range begins late, nothing was sent yet. Without a response Nix would retry.
         Err(_) if exchange.discard_unsent() => Err(NOT_THERE),
         relayed => Ok(relayed?),
@@ -345,14 +357,14 @@ pub(super) fn from_peer(
 
 /// Returns the status and the requested bytes of the NAR. They are positions in the uncompressed
 /// NAR, because the next part may come from a peer that compresses differently or not at all.
-fn wanted(
+fn requested_range(
     request: &Request<'_>,
     name: &NarFileName,
     coding: ContentCoding,
     size: u64,
 ) -> Result<(u16, Range<u64>), RequestError> {
-    let current = request.field("if-range").is_none_or(|tag| tag == etag(name, coding));
-    match range::part(request.field("range").filter(|_| current), size) {
+    let is_current = request.field("if-range").is_none_or(|tag| tag == etag(name, coding));
+    match range::part(request.field("range").filter(|_| is_current), size) {
         RequestedRange::Whole => Ok((200, 0..size)),
         RequestedRange::Bytes(part) => Ok((206, part)),
         RequestedRange::Unsatisfiable => Err(RequestError::Unsatisfiable(size)),

@@ -17,18 +17,18 @@ use std::io::{self, BufWriter, Write};
 
 /// Signatures that are cached, about 2 MiB. Signing takes 40 µs, more than the rest of a narinfo.
 /// At the bound, the oldest is dropped.
-const SIGNATURES_KEPT: usize = 8192;
+const MAX_SIGNATURES: usize = 8192;
 
 /// Signs paths of the own store with the node's key. It never signs what comes from a peer.
 pub struct Signer {
     key: SecretKey,
     /// Cache of signatures by the SHA-256 of the signed text, which may have 1 MiB.
-    kept: Mutex<BoundedMap<[u8; 32], Signature, SIGNATURES_KEPT>>,
+    signatures: Mutex<BoundedMap<[u8; 32], Signature, MAX_SIGNATURES>>,
 }
 
 impl Signer {
     pub(super) fn new(key: SecretKey) -> Self {
-        Signer { key, kept: Mutex::default() }
+        Signer { key, signatures: Mutex::default() }
     }
 
     fn sign(&self, info: &PathInfo, store_dir: &StoreDir) -> Signature {
@@ -37,22 +37,22 @@ impl Signer {
 
     /// Returns the signature of a fingerprint, from the cache if it is there.
     pub(super) fn sign_text(&self, fingerprint: &str) -> Signature {
-        let name: [u8; 32] = digest(&SHA256, fingerprint.as_bytes())
+        let digest: [u8; 32] = digest(&SHA256, fingerprint.as_bytes())
             .as_ref()
             .try_into()
             .expect("SHA-256 has 32 bytes");
-        if let Some(signature) = self.kept.lock().get(&name) {
+        if let Some(signature) = self.signatures.lock().get(&digest) {
             return signature.clone();
         }
         let signature = self.key.sign(fingerprint.as_bytes());
-        self.kept.lock().insert(name, signature.clone());
+        self.signatures.lock().insert(digest, signature.clone());
         signature
     }
 }
 
 /// References above which a narinfo is large: it is not built on the event loop, and only a few are
 /// built at once. Most narinfos have ten references.
-pub(super) const MANY_REFERENCES: usize = 500;
+pub(super) const MAX_SHORT_REFERENCES: usize = 500;
 
 /// First version of Nix that tries its next substituter if it cannot parse a content address.
 /// Earlier ones fail the whole build.
@@ -134,7 +134,7 @@ impl NarinfoLocation<'_> {
 
     /// Sends the narinfo. A large one is sent in pieces and is never in memory as a whole.
     pub(super) fn send(&self, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        if self.info.references.len() <= MANY_REFERENCES {
+        if self.info.references.len() <= MAX_SHORT_REFERENCES {
             return exchange.answer(&self.answer());
         }
         let mut len = CountingWriter(0);

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 /// File in which an operator may give 127.0.0.1 other names.
-const HOSTS: &str = "/etc/hosts";
+const HOSTS_FILE: &str = "/etc/hosts";
 
 /// Bytes of the file that are read, the rest being ignored. Files that block advertisers have 1 MB.
 const MAX_HOSTS: u64 = 4 << 20;
@@ -34,11 +34,11 @@ const MAX_NAME: usize = 253;
 
 /// Header fields that browsers send and a page cannot suppress. Nix, curl, ureq and Python's
 /// clients do not send them.
-const MARKS: [&str; 3] = ["accept-language", "origin", "sec-fetch-site"];
+const BROWSER_FIELDS: [&str; 3] = ["accept-language", "origin", "sec-fetch-site"];
 
 /// Whether the request has a header field that only browsers send.
 pub(super) fn is_browser(request: &Request<'_>) -> bool {
-    MARKS.iter().any(|mark| request.has(mark))
+    BROWSER_FIELDS.iter().any(|mark| request.has(mark))
 }
 
 /// Returns why a request from this machine may come from another server's web page, or `None` if it
@@ -46,7 +46,7 @@ pub(super) fn is_browser(request: &Request<'_>) -> bool {
 /// May read `/etc/hosts`.
 pub(super) fn suspicion(request: &Request<'_>, is_page: bool) -> Option<String> {
     if let Some(host) = request.field("host")
-        && !check_own_name(host, Path::new(HOSTS))
+        && !check_own_name(host, Path::new(HOSTS_FILE))
     {
         return Some(format!("Host {host}"));
     }
@@ -102,9 +102,9 @@ fn without_port(host: &str) -> &str {
 
 /// Whether a file like `/etc/hosts` gives the name loopback addresses only, and at least one.
 fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
-    static REMEMBERED: LazyLock<Mutex<HostsCache>> = LazyLock::new(Mutex::default);
+    static HOSTS_CACHE: LazyLock<Mutex<HostsCache>> = LazyLock::new(Mutex::default);
     let file = File::open(hosts)?;
-    REMEMBERED.lock().is_loopback(&file, name)
+    HOSTS_CACHE.lock().is_loopback(&file, name)
 }
 
 /// Results of earlier lookups in one version of the file.

@@ -37,7 +37,7 @@ impl ShortResponse {
     }
 
     /// Creates a plain text response of one line.
-    pub fn send_text(status: u16, line: &str) -> ShortResponse {
+    pub fn text(status: u16, line: &str) -> ShortResponse {
         ShortResponse::new(status, PLAIN, format!("{line}\n").into())
     }
 
@@ -68,8 +68,8 @@ pub struct Exchange<'a> {
     head_only: bool,
     close: bool,
     head: Vec<u8>,
-    begun: bool,
-    missing: u64,
+    has_begun: bool,
+    remaining: u64,
     /// Whether the final chunk is still to be sent.
     in_chunks: bool,
     body: RequestBody<'a>,
@@ -90,15 +90,15 @@ impl<'a> Exchange<'a> {
             head_only,
             close,
             head,
-            begun: false,
-            missing: 0,
+            has_begun: false,
+            remaining: 0,
             in_chunks: false,
             body,
         }
     }
 
     /// Sets the upload rate limit.
-    pub(super) fn limited(self, limit: Option<&'a UploadLimit>) -> Self {
+    pub(super) fn with_limit(self, limit: Option<&'a UploadLimit>) -> Self {
         Exchange { limit, ..self }
     }
 
@@ -131,7 +131,7 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// As [`Exchange::send`].
     pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
-        self.answer(&ShortResponse::send_text(status, line))
+        self.answer(&ShortResponse::text(status, line))
     }
 
     /// Sends a short response.
@@ -155,8 +155,8 @@ impl<'a> Exchange<'a> {
         len: u64,
     ) -> io::Result<()> {
         self.prepare_head(status, fields, Some(len))?;
-        self.missing = if self.head_only { 0 } else { len };
-        if self.missing == 0 { self.flush_head() } else { Ok(()) }
+        self.remaining = if self.head_only { 0 } else { len };
+        if self.remaining == 0 { self.flush_head() } else { Ok(()) }
     }
 
     /// Begins a response of unknown length, for a client that [understands
@@ -216,9 +216,9 @@ impl<'a> Exchange<'a> {
         len: Option<u64>,
     ) -> io::Result<()> {
         self.head.clear();
-        print_head(&mut self.head, status, fields, len, self.close || self.body.is_left())?;
-        self.begun = true;
-        self.missing = 0;
+        print_head(&mut self.head, status, fields, len, self.close || self.body.is_unread())?;
+        self.has_begun = true;
+        self.remaining = 0;
         self.in_chunks = false;
         Ok(())
     }
@@ -230,23 +230,23 @@ impl<'a> Exchange<'a> {
 
     /// Whether a response has begun.
     pub(super) fn has_begun(&self) -> bool {
-        self.begun
+        self.has_begun
     }
 
     /// Whether the response was sent completely.
     pub(super) fn is_whole(&self) -> bool {
-        self.begun && self.missing == 0 && !self.in_chunks && self.head.is_empty()
+        self.has_begun && self.remaining == 0 && !self.in_chunks && self.head.is_empty()
     }
 
     /// Discards a begun response of which nothing was sent yet, so that another one can begin.
     /// Returns false if it is too late.
     pub(super) fn discard_unsent(&mut self) -> bool {
         // The head is unsent until the first bytes of the body are sent.
-        let unsent = self.begun && !self.head.is_empty();
+        let unsent = self.has_begun && !self.head.is_empty();
         if unsent {
             self.head.clear();
-            self.begun = false;
-            self.missing = 0;
+            self.has_begun = false;
+            self.remaining = 0;
             self.in_chunks = false;
         }
         unsent
@@ -278,8 +278,8 @@ impl<'a> Exchange<'a> {
     }
 
     fn count(&mut self, written: usize) -> io::Result<usize> {
-        let left = self.missing.checked_sub(written as u64);
-        self.missing = left.ok_or_else(|| io::Error::other("body longer than promised"))?;
+        let left = self.remaining.checked_sub(written as u64);
+        self.remaining = left.ok_or_else(|| io::Error::other("body longer than promised"))?;
         Ok(written)
     }
 }
@@ -326,13 +326,13 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
     thread_local! {
         static BEGUN: RefCell<HeadCache> = RefCell::default();
     }
-    BEGUN.with_borrow_mut(|begun| {
+    BEGUN.with_borrow_mut(|cached| {
         let second =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        if begun.second != second {
-            *begun = HeadCache { second, heads: Vec::new() };
+        if cached.second != second {
+            *cached = HeadCache { second, heads: Vec::new() };
         }
-        if let Some((_, bytes)) = begun.heads.iter().find(|(of, _)| *of == status) {
+        if let Some((_, bytes)) = cached.heads.iter().find(|(of, _)| *of == status) {
             out.extend_from_slice(bytes);
             return Ok(());
         }
@@ -344,7 +344,7 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
         response.raw_print(&mut bytes, HTTPVersion(1, 1), &[], true, None)?;
         bytes.truncate(bytes.len() - b"Content-Length: 0\r\n\r\n".len());
         out.extend_from_slice(&bytes);
-        begun.heads.push((status, bytes));
+        cached.heads.push((status, bytes));
         Ok(())
     })
 }
@@ -370,7 +370,7 @@ impl NarSink for Exchange<'_> {
             self.flush_head()?;
         }
         // The result fits a usize on every platform, because `FILE_PIECE` does.
-        let max = self.piece(len.min(FILE_PIECE).min(self.missing) as usize);
+        let max = self.piece(len.min(FILE_PIECE).min(self.remaining) as usize);
         self.reserve(max)?;
         let socket = self.stream.socket();
         // On an error the caller cuts the connection, so the socket's modes need no reset.
@@ -412,7 +412,7 @@ impl NarSink for Exchange<'_> {
 
 impl Write for Exchange<'_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        if piece.len() as u64 > self.missing {
+        if piece.len() as u64 > self.remaining {
             return Err(io::Error::other("body longer than promised"));
         }
         let piece = &piece[..self.piece(piece.len())];
@@ -454,7 +454,7 @@ mod tests {
         set_socket_send_buffer_size(&socket, 4096).unwrap();
         let stream = ConnectionStream::new(socket, false);
         let body = RequestBody::none(&stream);
-        let mut exchange = Exchange::new(&stream, false, true, body).limited(Some(&limit));
+        let mut exchange = Exchange::new(&stream, false, true, body).with_limit(Some(&limit));
         let piece = vec![7; limit.piece()];
         exchange.begin(200, &[("Content-Type", "x")], 2 * piece.len() as u64).unwrap();
         // The client reads nothing, so the socket takes a part of the piece.

@@ -136,7 +136,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     // For other machines, the root is a standard binary cache of the own store.
     let at_root =
         if scope == Scope::ThisMachine { from_peers(path) } else { own(path, StoreView::Cache) };
-    let route = anywhere(path).or(at_root).ok_or(RouteError::NotThere)?;
+    let route = common_route(path).or(at_root).ok_or(RouteError::NotThere)?;
     let allowed = match route {
         Route::CacheInfo(StoreView::Peers) => true,
         Route::Status(_) | Route::PeerNarinfo(_) | Route::PeerNar(_) => scope == Scope::ThisMachine,
@@ -146,7 +146,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
 }
 
 /// Routes that have the same meaning for every scope.
-fn anywhere(path: &str) -> Option<Route> {
+fn common_route(path: &str) -> Option<Route> {
     match path {
         "" => Some(Route::Status(StatusRoute::Page)),
         "status.json" => Some(Route::Status(StatusRoute::Json)),
@@ -181,14 +181,14 @@ fn own(path: &str, view: StoreView) -> Option<Route> {
 fn from_peers(path: &str) -> Option<Route> {
     match path.split_once('/') {
         Some(("log", name)) => derivation(name).map(Route::PeerLog),
-        Some(("v2", rest)) => remembered(rest.strip_prefix("remote/")?.split('/').nth(2)?),
-        Some(("v3", rest)) => remembered(rest.strip_prefix("wan/wan/")?.split('/').nth(3)?),
+        Some(("v2", rest)) => earlier_nar(rest.strip_prefix("remote/")?.split('/').nth(2)?),
+        Some(("v3", rest)) => earlier_nar(rest.strip_prefix("wan/wan/")?.split('/').nth(3)?),
         Some(_) => drv_output(path).map(Route::PeerRealisation),
         None => narinfo(path).map(Route::PeerNarinfo),
     }
 }
 
-fn remembered(hash_part: &str) -> Option<Route> {
+fn earlier_nar(hash_part: &str) -> Option<Route> {
     HashPart::parse(hash_part.as_bytes()).ok().map(Route::PeerAnyNar)
 }
 

@@ -16,7 +16,7 @@ pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// Time for which a client takes nothing before it is ended for another client at a limit. A Nix
 /// that unpacks a large file pauses for seconds.
-pub(super) const STALLED: Timeout = Timeout::from_secs(10);
+pub(super) const STALL_TIMEOUT: Timeout = Timeout::from_secs(10);
 
 /// Bytes per second that another machine has to take while the send buffer is full. A client that
 /// takes a few bytes now and then would otherwise hold a thread and a stream without end. Slower

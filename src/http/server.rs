@@ -31,7 +31,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Stack of a thread of the pool, in bytes. Less than 64 KiB of it is used.
-const STACK: usize = 512 * 1024;
+const STACK_BYTES: usize = 512 * 1024;
 
 /// Threads of the pool. A connection that was closed to make room holds its thread until that
 /// notices, so there are some more threads than connections. At the bound, a connection of this
@@ -46,10 +46,10 @@ const MAX_STRANGER_THREADS: usize = MAX_THREADS - OWN_CONNECTIONS;
 /// Wait of a connection of this machine for a thread at [`MAX_THREADS`], after which it is closed.
 /// The event loop waits meanwhile. Threads for this machine notice within microseconds that their
 /// connection was closed.
-const THREAD_WAIT: Duration = Duration::from_millis(100);
+const THREAD_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Time without a connection after which a thread of the pool ends.
-const THREAD_IDLE: Duration = Duration::from_secs(10);
+const THREAD_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time that a thread waits for the next request after a response before it returns the connection
 /// to the event loop. A client that requests one NAR mostly requests another at once, and changing
@@ -63,7 +63,7 @@ const STOP_GRACE: Duration = Duration::from_millis(1200);
 /// reset the connection, and the client might not receive the response.
 const LINGER_BYTES: u64 = 1 << 20;
 /// Longest time for discarding [`LINGER_BYTES`].
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Database generation shared by all requests read in one poll; `None` until the handler needs it.
 pub type PollGeneration = Option<u64>;
@@ -74,12 +74,12 @@ pub trait Handler: Send + Sync + 'static {
     /// without waiting for the disk, the network or another thread. `None` leaves the request to
     /// [`Handler::handle`]. The event loop calls this, so all connections wait for it.
     ///
-    /// `now` is shared by requests that arrived before the same poll. The handler may store in it
-    /// the generation of its data at the first of them and use that for the others.
+    /// `generation` is shared by requests that arrived before the same poll. The handler may store
+    /// in it the generation of its data at the first of them and use that for the others.
     fn try_cached(
         &self,
         _request: &Request<'_>,
-        _now: &mut PollGeneration,
+        _generation: &mut PollGeneration,
     ) -> Option<ShortResponse> {
         None
     }
@@ -125,9 +125,9 @@ pub trait Handler: Send + Sync + 'static {
 /// The running server. Dropping it stops it and blocks for about 1.2 s at most; responses that have
 /// not finished then are cut.
 pub struct Server {
-    shared: Arc<ServerState>,
+    state: Arc<ServerState>,
     wake: OwnedFd,
-    watcher: Option<JoinHandle<()>>,
+    event_loop: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -162,33 +162,33 @@ impl Server {
         }
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = wake.try_clone()?;
-        let shared = Arc::new(ServerState::new(handler)?);
-        let watching = shared.clone();
-        let watcher = thread::Builder::new().name("http-watch".into()).spawn(move || {
+        let state = Arc::new(ServerState::new(handler)?);
+        let loop_state = state.clone();
+        let event_loop = thread::Builder::new().name("http-watch".into()).spawn(move || {
             defer!(on_end());
-            if let Err(e) = run(&watching, &listeners, inside, &stop) {
+            if let Err(e) = run(&loop_state, &listeners, inside, &stop) {
                 log::error!("watching connections: {e}");
             }
         })?;
-        Ok(Server { shared, wake, watcher: Some(watcher) })
+        Ok(Server { state, wake, event_loop: Some(event_loop) })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::SeqCst);
+        self.state.is_stopping.store(true, Ordering::SeqCst);
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-        if let Some(watcher) = self.watcher.take() {
-            let _ = watcher.join();
+        if let Some(event_loop) = self.event_loop.take() {
+            let _ = event_loop.join();
         }
         let deadline = Instant::now() + STOP_GRACE;
-        self.shared.connections.end_idle();
-        while !self.shared.connections.is_empty() && Instant::now() < deadline {
+        self.state.connections.end_idle();
+        while !self.state.connections.is_empty() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
-            self.shared.connections.end_idle();
+            self.state.connections.end_idle();
         }
-        self.shared.connections.close_all();
-        self.shared.log_fault();
+        self.state.connections.close_all();
+        self.state.log_fault();
     }
 }
 
@@ -201,37 +201,37 @@ pub(super) struct ServerState {
     pub(super) epoll: OwnedFd,
     threads: AtomicUsize,
     /// Each [`Job`] for another machine holds a clone, so that they can be counted.
-    stranger: Arc<()>,
-    stopping: AtomicBool,
+    stranger_jobs: Arc<()>,
+    is_stopping: AtomicBool,
     /// What failed last on the event loop, until a thread of the pool logs it.
     fault: Mutex<Option<String>>,
     faults: LogThrottle,
     /// Rendezvous channel to idle threads. It holds no connections.
-    hand_over: Sender<Job>,
-    free: Receiver<Job>,
+    job_sender: Sender<Job>,
+    job_receiver: Receiver<Job>,
 }
 
 /// A connection for a thread of the pool to serve.
 struct Job {
     connection: Arc<Connection>,
-    _stranger: Option<Arc<()>>,
+    _stranger_job: Option<Arc<()>>,
 }
 
 impl ServerState {
     fn new(handler: Arc<dyn Handler>) -> io::Result<Self> {
-        let (hand_over, free) = bounded(0);
+        let (job_sender, job_receiver) = bounded(0);
         Ok(ServerState {
             handler,
             connections: Connections::new(),
             handshakes: Handshakes::default(),
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             threads: AtomicUsize::new(0),
-            stranger: Arc::new(()),
-            stopping: AtomicBool::new(false),
+            stranger_jobs: Arc::new(()),
+            is_stopping: AtomicBool::new(false),
             fault: Mutex::default(),
             faults: LogThrottle::default(),
-            hand_over,
-            free,
+            job_sender,
+            job_receiver,
         })
     }
 
@@ -243,14 +243,14 @@ impl ServerState {
 
     /// Returns a job for a thread, or `None` at [`MAX_STRANGER_THREADS`].
     fn job(&self, connection: Arc<Connection>) -> Option<Job> {
-        let _stranger = (!connection.is_own).then(|| self.stranger.clone());
+        let _stranger_job = (!connection.is_own).then(|| self.stranger_jobs.clone());
         let has_thread =
-            connection.is_own || Arc::strong_count(&self.stranger) - 1 <= MAX_STRANGER_THREADS;
-        has_thread.then_some(Job { connection, _stranger })
+            connection.is_own || Arc::strong_count(&self.stranger_jobs) - 1 <= MAX_STRANGER_THREADS;
+        has_thread.then_some(Job { connection, _stranger_job })
     }
 
     pub(super) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Relaxed)
+        self.is_stopping.load(Ordering::Relaxed)
     }
 
     /// Returns a connection to the event loop, or ends it if epoll does not accept it. A connection
@@ -287,57 +287,57 @@ impl ServerState {
 
 /// Passes a connection to an idle thread of the pool or to a new one, or ends it if there is no
 /// thread for it. Called by the event loop alone. At [`MAX_THREADS`] a connection of this machine
-/// waits up to [`THREAD_WAIT`].
-pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) {
-    let Some(job) = shared.job(connection.clone()) else {
-        return shared.connections.end(&connection);
+/// waits up to [`THREAD_TIMEOUT`].
+pub(super) fn hand_over(state: &Arc<ServerState>, connection: Arc<Connection>) {
+    let Some(job) = state.job(connection.clone()) else {
+        return state.connections.end(&connection);
     };
-    let job = match shared.hand_over.try_send(job) {
+    let job = match state.job_sender.try_send(job) {
         Ok(()) => return,
         Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
     };
-    if shared.threads.load(Ordering::Relaxed) >= MAX_THREADS {
-        let wait = if connection.is_own { THREAD_WAIT } else { Duration::ZERO };
-        if shared.hand_over.send_timeout(job, wait).is_err() {
-            shared.connections.end(&connection);
+    if state.threads.load(Ordering::Relaxed) >= MAX_THREADS {
+        let timeout = if connection.is_own { THREAD_TIMEOUT } else { Duration::ZERO };
+        if state.job_sender.send_timeout(job, timeout).is_err() {
+            state.connections.end(&connection);
         }
         return;
     }
-    let number = shared.threads.fetch_add(1, Ordering::Relaxed);
-    let worker = shared.clone();
+    let number = state.threads.fetch_add(1, Ordering::Relaxed);
+    let worker = state.clone();
     let spawned = thread::Builder::new()
         .name(format!("http-{number}"))
-        .stack_size(STACK)
+        .stack_size(STACK_BYTES)
         .spawn(move || work(&worker, job));
     if let Err(e) = spawned {
-        shared.threads.fetch_sub(1, Ordering::Relaxed);
-        shared.connections.end(&connection);
-        shared.record_fault("thread for a connection", &e);
+        state.threads.fetch_sub(1, Ordering::Relaxed);
+        state.connections.end(&connection);
+        state.record_fault("thread for a connection", &e);
     }
 }
 
-fn work(shared: &ServerState, first: Job) {
+fn work(state: &ServerState, first: Job) {
     // Both guards also run on panics outside a handler.
     defer! {
-        shared.threads.fetch_sub(1, Ordering::Relaxed);
+        state.threads.fetch_sub(1, Ordering::Relaxed);
     }
     let mut job = Some(first);
-    while let Some(Job { connection, _stranger }) = job {
-        shared.log_fault();
-        let goes_on = Cell::new(false);
-        let end = guard((), |()| match goes_on.get() {
-            true => shared.watch(&connection),
-            false => shared.connections.end(&connection),
+    while let Some(Job { connection, _stranger_job }) = job {
+        state.log_fault();
+        let is_kept = Cell::new(false);
+        let end = guard((), |()| match is_kept.get() {
+            true => state.watch(&connection),
+            false => state.connections.end(&connection),
         });
-        match serve(shared, &connection) {
-            Ok(more) => goes_on.set(more && !shared.is_stopping()),
+        match serve(state, &connection) {
+            Ok(more) => is_kept.set(more && !state.is_stopping()),
             Err(e) => log::debug!("connection from {}: {e}", connection.peer),
         }
         drop(end);
-        drop((connection, _stranger));
-        job = shared.free.recv_timeout(THREAD_IDLE).ok();
+        drop((connection, _stranger_job));
+        job = state.job_receiver.recv_timeout(THREAD_IDLE_TIMEOUT).ok();
     }
-    shared.log_fault();
+    state.log_fault();
 }
 
 /// What to do with a connection after a request.
@@ -352,7 +352,7 @@ enum NextStep {
 
 /// Serves the requests on a connection. Returns true when the event loop is to watch it again, and
 /// false when it has ended. After an error or an incomplete body, the caller cuts it.
-fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
+fn serve(state: &ServerState, connection: &Connection) -> io::Result<bool> {
     let mut bytes = connection.bytes();
     let ConnectionProgress { received, unsent } = &mut *bytes;
     if !unsent.is_empty() {
@@ -360,16 +360,16 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
         *unsent = Vec::new();
     }
     // The event loop could not answer the first request at once.
-    let (mut after, mut has_timeout, mut first) = (NextStep::Watch, false, true);
-    if connection.stream.key().is_none() && shared.begins_tls(received) {
-        accept_tls(shared, connection, received.split(received.len()).0)?;
+    let (mut next_step, mut has_timeout, mut first) = (NextStep::Watch, false, true);
+    if connection.stream.key().is_none() && state.begins_tls(received) {
+        accept_tls(state, connection, received.split(received.len()).0)?;
         received.consume(received.len());
     }
     // Only this thread can read an encrypted connection, and some bytes may be decrypted already.
     // It waits for more before it returns the connection to the event loop.
     let is_tls = connection.stream.key().is_some();
     if is_tls {
-        after = NextStep::Stay;
+        next_step = NextStep::Stay;
     }
     loop {
         let Some(len) = received.head_len() else {
@@ -378,16 +378,19 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
             }
             // A connection is idle only while it waits for a request or the rest of one, not while
             // buffered requests are answered.
-            if matches!(after, NextStep::Watch) || !received.is_empty() && !is_tls {
+            if matches!(next_step, NextStep::Watch) || !received.is_empty() && !is_tls {
                 received.shrink();
                 return Ok(true);
             }
             // The event loop enforces `HEAD_TIMEOUT`, but it cannot see heads inside TLS.
-            if is_tls && received.began().is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get())
+            if is_tls
+                && received
+                    .first_byte_at()
+                    .is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get())
             {
                 return Ok(false);
             }
-            shared.connections.set_idle(connection, Instant::now());
+            state.connections.set_idle(connection, Instant::now());
             if !has_timeout {
                 connection.stream.set_read_timeout(Some(NEXT_REQUEST_TIMEOUT))?;
                 has_timeout = true;
@@ -395,13 +398,13 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
             match received.fill(&connection.stream, true) {
                 Ok(0) => return Ok(false),
                 Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => after = NextStep::Watch,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => next_step = NextStep::Watch,
                 Err(e) => return Err(e),
             }
             continue;
         };
-        connection.set_at_work();
-        let (head, behind) = received.split(len);
+        connection.set_busy();
+        let (head, after_head) = received.split(len);
         let (next, body) =
             head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
                 match request
@@ -410,73 +413,73 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
                     Ok(request) => {
                         // Reading a body changes the socket's read timeout.
                         has_timeout &= request.body_len == 0;
-                        answer(shared, connection, &request, behind, std::mem::take(&mut first))
+                        answer(state, connection, &request, after_head, std::mem::take(&mut first))
                     }
-                    Err(bad) => refuse(connection, &bad).map(|()| (NextStep::End, 0)),
+                    Err(error) => refuse(connection, &error).map(|()| (NextStep::End, 0)),
                 }
             })?;
         received.consume(len + body);
-        after = if is_tls && matches!(next, NextStep::Watch) { NextStep::Stay } else { next };
-        if matches!(after, NextStep::End) {
+        next_step = if is_tls && matches!(next, NextStep::Watch) { NextStep::Stay } else { next };
+        if matches!(next_step, NextStep::End) {
             return Ok(false);
         }
     }
 }
 
-/// Answers one request. `behind` are the bytes received after the head. Returns the number of them
-/// that belong to the body.
+/// Answers one request. `after_head` are the bytes received after the head. Returns the number of
+/// them that belong to the body.
 fn answer(
-    shared: &ServerState,
+    state: &ServerState,
     connection: &Connection,
     request: &Request<'_>,
-    behind: &[u8],
+    after_head: &[u8],
     takes_time: bool,
 ) -> io::Result<(NextStep, usize)> {
     // The friend was removed after its connection was accepted.
-    if request.key.is_some_and(|key| !shared.handler.is_friend(&key)) {
+    if request.key.is_some_and(|key| !state.handler.is_friend(&key)) {
         return Err(io::Error::other("not a friend's any more"));
     }
-    let keep_alive = request.keep_alive && !shared.is_stopping();
-    let body = RequestBody::new(&connection.stream, request, behind);
+    let keep_alive = request.keep_alive && !state.is_stopping();
+    let body = RequestBody::new(&connection.stream, request, after_head);
     let is_own = request.key.is_none() && connection.is_own;
-    let limit = shared.handler.upload_limit().filter(|_| !is_own);
+    let limit = state.handler.upload_limit().filter(|_| !is_own);
     let mut exchange =
         Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body)
-            .limited(limit);
-    let mut after = NextStep::Stay;
+            .with_limit(limit);
+    let mut next_step = NextStep::Stay;
     let at_once = || match takes_time || request.body_len > 0 {
         true => None,
-        false => shared.handler.try_cached(request, &mut None),
+        false => state.handler.try_cached(request, &mut None),
     };
     let handled = catch_unwind(AssertUnwindSafe(|| match at_once() {
         Some(answer) => {
-            after = NextStep::Watch;
+            next_step = NextStep::Watch;
             exchange.answer(&answer)
         }
-        None => shared.handler.handle(request, &mut exchange),
+        None => state.handler.handle(request, &mut exchange),
     }));
     match handled {
         Ok(result) => result?,
-        Err(_) if !exchange.has_begun() => shared.handler.after_panic(request, &mut exchange)?,
+        Err(_) if !exchange.has_begun() => state.handler.after_panic(request, &mut exchange)?,
         Err(_) => return Err(io::Error::other("the handler panicked amid its answer")),
     }
     if !exchange.is_whole() {
         return Err(io::Error::other("answer left incomplete"));
     }
-    if exchange.body().is_left() {
+    if exchange.body().is_unread() {
         linger(connection.stream.socket())?;
         return Ok((NextStep::End, 0));
     }
     if !keep_alive {
-        after = NextStep::End;
+        next_step = NextStep::End;
     }
-    Ok((after, exchange.body().behind()))
+    Ok((next_step, exchange.body().received_len()))
 }
 
-fn refuse(connection: &Connection, bad: &HeadError) -> io::Result<()> {
+fn refuse(connection: &Connection, error: &HeadError) -> io::Result<()> {
     let mut exchange =
         Exchange::new(&connection.stream, false, true, RequestBody::none(&connection.stream));
-    match bad {
+    match error {
         HeadError::TooLarge => exchange.say(431, "request head too large")?,
         HeadError::Malformed(why) => exchange.say(400, &format!("bad request: {why}"))?,
     }
@@ -485,21 +488,21 @@ fn refuse(connection: &Connection, bad: &HeadError) -> io::Result<()> {
 
 /// Performs the TLS handshake. Blocks for [`HANDSHAKE_TIMEOUT`], and for at most one write timeout
 /// more. Another handshake may end it.
-fn accept_tls(shared: &ServerState, connection: &Connection, received: &[u8]) -> io::Result<()> {
-    let config = shared.handler.tls().ok_or_else(|| io::Error::other("no TLS"))?;
+fn accept_tls(state: &ServerState, connection: &Connection, received: &[u8]) -> io::Result<()> {
+    let config = state.handler.tls().ok_or_else(|| io::Error::other("no TLS"))?;
     let close = connection.stream.socket().try_clone()?;
-    let place = shared.handshakes.enter(connection.id, connection.peer.ip(), close);
+    let permit = state.handshakes.register(connection.id, connection.peer.ip(), close);
     connection.stream.accept_tls(config, received, Instant::now() + HANDSHAKE_TIMEOUT.get())?;
-    place.record_friend();
+    permit.record_friend();
     Ok(())
 }
 
 fn linger(stream: &TcpStream) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
-    let deadline = Instant::now() + LINGER;
-    let mut taken = 0;
+    let deadline = Instant::now() + LINGER_TIMEOUT;
+    let mut discarded = 0;
     let mut chunk = [0; 4096];
-    while taken < LINGER_BYTES {
+    while discarded < LINGER_BYTES {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             break;
@@ -507,7 +510,7 @@ fn linger(stream: &TcpStream) -> io::Result<()> {
         stream.set_read_timeout(Some(left))?;
         match (&*stream).read(&mut chunk) {
             Ok(0) | Err(_) => break,
-            Ok(n) => taken += n as u64,
+            Ok(n) => discarded += n as u64,
         }
     }
     Ok(())
@@ -531,41 +534,41 @@ mod tests {
 
     #[test]
     fn connection_handed_back_is_idle_since_its_last_answer() {
-        let shared = ServerState::new(Arc::new(Panics)).unwrap();
+        let state = ServerState::new(Arc::new(Panics)).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
-        let connection = shared.connections.insert(1, stream, peer, false, true);
+        let connection = state.connections.insert(1, stream, peer, false, true);
         let answered = Instant::now() + Duration::from_secs(1000);
-        shared.connections.set_idle(&connection, answered);
+        state.connections.set_idle(&connection, answered);
         let since_answer = connection.idle_since();
-        shared.watch(&connection);
+        state.watch(&connection);
         assert_eq!(connection.idle_since(), since_answer);
 
         // Handed back without a response, as after the first part of a head.
-        epoll::delete(&shared.epoll, connection.stream.socket()).unwrap();
-        connection.set_at_work();
-        shared.watch(&connection);
+        epoll::delete(&state.epoll, connection.stream.socket()).unwrap();
+        connection.set_busy();
+        state.watch(&connection);
         assert!(connection.is_idle() && connection.idle_since() < since_answer);
     }
 
     /// Regression test: threads of closed connections of other machines held up the event loop.
     #[test]
     fn threads_for_other_machines_leave_some_for_this_machine() {
-        let shared = ServerState::new(Arc::new(Panics)).unwrap();
+        let state = ServerState::new(Arc::new(Panics)).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let connect = |id: u64, is_own: bool| {
             let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, peer) = listener.accept().unwrap();
-            shared.connections.insert(id, stream, peer, false, is_own)
+            state.connections.insert(id, stream, peer, false, is_own)
         };
         let (own, other) = (connect(1, true), connect(2, false));
         let mut jobs: Vec<Job> =
-            (0..2 * MAX_THREADS).map_while(|_| shared.job(other.clone())).collect();
+            (0..2 * MAX_THREADS).map_while(|_| state.job(other.clone())).collect();
         assert_eq!(jobs.len(), MAX_THREADS - OWN_CONNECTIONS);
-        assert!(shared.job(own).is_some());
+        assert!(state.job(own).is_some());
         jobs.pop();
-        assert!(shared.job(other).is_some());
+        assert!(state.job(other).is_some());
     }
 
     #[test]
@@ -576,7 +579,7 @@ mod tests {
         let server =
             Server::start(vec![listener], Arc::new(Panics), move || ended.send(()).unwrap())
                 .unwrap();
-        let shared = server.shared.clone();
+        let state = server.state.clone();
         for _ in 0..3 {
             let mut stream = TcpStream::connect(address).unwrap();
             stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
@@ -584,9 +587,9 @@ mod tests {
         }
         drop(server);
         assert_eq!(end.recv(), Ok(()));
-        assert!(shared.connections.is_empty());
+        assert!(state.connections.is_empty());
         // Wait for threads that are still ending.
-        while shared.threads.load(Ordering::Relaxed) > 0 {
+        while state.threads.load(Ordering::Relaxed) > 0 {
             thread::yield_now();
         }
     }

@@ -14,9 +14,9 @@ pub(super) const FIELDS: [(&str, &str); 4] = [
     ("Referrer-Policy", "no-referrer"),
 ];
 
-pub(super) fn tell(
+pub(super) fn send_status(
     cache: &CacheHandler,
-    what: StatusRoute,
+    route: StatusRoute,
     is_this_machine: bool,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), RequestError> {
@@ -25,7 +25,7 @@ pub(super) fn tell(
         fields.push(("Content-Type", kind));
         Ok(exchange.send(status, &fields, body)?)
     };
-    match what {
+    match route {
         StatusRoute::Page => {
             let page = status::page(&cache.status.report());
             fields.push(("Content-Security-Policy", page.policy));

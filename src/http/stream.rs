@@ -129,7 +129,7 @@ impl ConnectionStream {
     ) -> io::Result<()> {
         while session.is_handshaking() {
             send_records(session, self, deadline)?;
-            let came = if received.is_empty() {
+            let count = if received.is_empty() {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     return Err(io::ErrorKind::TimedOut.into());
@@ -139,7 +139,7 @@ impl ConnectionStream {
             } else {
                 session.read_tls(received)?
             };
-            if came == 0 {
+            if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             session.process_new_packets().map_err(io::Error::other)?;
@@ -163,14 +163,14 @@ impl ConnectionStream {
         if self.tls.get().is_none() {
             let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
             return Ok(retry_on_intr(|| {
-                recv(&self.socket, spare_capacity(buffer), flags).map(|(came, _)| came)
+                recv(&self.socket, spare_capacity(buffer), flags).map(|(received, _)| received)
             })?);
         }
         let (at, room) = (buffer.len(), buffer.capacity());
         buffer.resize(room, 0);
-        let came = (&mut &*self).read(&mut buffer[at..]);
-        buffer.truncate(at + *came.as_ref().unwrap_or(&0));
-        came
+        let received = (&mut &*self).read(&mut buffer[at..]);
+        buffer.truncate(at + *received.as_ref().unwrap_or(&0));
+        received
     }
 
     /// Sets the time after which a blocking read fails; `None` is no limit.

@@ -1,7 +1,7 @@
 //! Limits concurrent long responses: NARs, listings, logs and large narinfos. Short responses need
 //! no permit, so they never wait for long ones.
 
-use super::send_progress::{STALLED, SendProgress};
+use super::send_progress::{STALL_TIMEOUT, SendProgress};
 use crate::lock::{Condvar, Mutex, MutexGuard};
 use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
@@ -35,7 +35,7 @@ const PERMIT_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// Interval at which a request that waits for a permit checks whether another client is stalled or
 /// its own connection was closed.
-const WAIT_CHECK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 struct StreamCounts {
@@ -88,12 +88,13 @@ struct Stream {
 impl StreamCounts {
     /// Ends a stream if `peer` gets no permit at once. Returns whether it gets one now.
     fn make_room(&mut self, peer: Option<IpAddr>, max_for_peers: usize) -> bool {
-        let count = |of: &dyn Fn(Option<IpAddr>) -> bool| {
-            self.streams.iter().filter(|stream| of(stream.peer)).count()
+        let count = |matches: &dyn Fn(Option<IpAddr>) -> bool| {
+            self.streams.iter().filter(|stream| matches(stream.peer)).count()
         };
-        let (its, by_peers) = (count(&|other| other == peer), count(&|other| other.is_some()));
+        let (from_peer, by_peers) =
+            (count(&|other| other == peer), count(&|other| other.is_some()));
         let is_full = self.streams.len() >= MAX_STREAMS;
-        if peer.is_some() && its >= MAX_STREAMS_PER_PEER {
+        if peer.is_some() && from_peer >= MAX_STREAMS_PER_PEER {
             return self.end_stalled(|other| other == peer);
         }
         if is_full || peer.is_some() && by_peers >= max_for_peers {
@@ -103,24 +104,25 @@ impl StreamCounts {
     }
 
     /// Ends the stream whose client has taken nothing for the longest time, of the other machines
-    /// for which `may_end` returns true. Returns false if each took something within [`STALLED`].
-    /// This machine's streams end by their write timeout only.
+    /// for which `may_end` returns true. Returns false if each took something within
+    /// [`STALL_TIMEOUT`]. This machine's streams end by their write timeout only.
     fn end_stalled(&mut self, may_end: impl Fn(Option<IpAddr>) -> bool) -> bool {
         let stalled = self.streams.iter().enumerate().filter(|(_, stream)| may_end(stream.peer));
         let now = Instant::now();
-        let longest = stalled.map(|(at, stream)| (stream.progress.stalled_for(now), at)).max();
-        let Some((time, at)) = longest else { return false };
-        if time < STALLED.get() {
+        let longest_stalled =
+            stalled.map(|(index, stream)| (stream.progress.stalled_for(now), index)).max();
+        let Some((time, index)) = longest_stalled else { return false };
+        if time < STALL_TIMEOUT.get() {
             return false;
         }
-        self.streams.swap_remove(at).progress.give_way();
+        self.streams.swap_remove(index).progress.give_way();
         true
     }
 }
 
 /// Issues permits for long responses.
 pub struct StreamLimits {
-    taken: Mutex<StreamCounts>,
+    counts: Mutex<StreamCounts>,
     streams: WaitQueue,
     narinfos: WaitQueue,
     max_for_peers: usize,
@@ -128,13 +130,13 @@ pub struct StreamLimits {
 
 impl Default for StreamLimits {
     fn default() -> Self {
-        StreamLimits::under(None)
+        StreamLimits::new(None)
     }
 }
 
 /// Permit for a long response. Dropping it returns it.
 pub struct StreamPermit<'a> {
-    permits: &'a StreamLimits,
+    limits: &'a StreamLimits,
     id: u64,
 }
 
@@ -146,11 +148,11 @@ pub struct CompressionPermit<'a>(&'a StreamLimits);
 
 impl StreamLimits {
     /// Creates the limits. An upload limit may allow fewer streams to peers.
-    pub fn under(limit: Option<&UploadLimit>) -> Self {
+    pub fn new(limit: Option<&UploadLimit>) -> Self {
         let max_for_peers =
             limit.map_or(MAX_PEER_STREAMS, |limit| limit.streams().min(MAX_PEER_STREAMS));
         let (streams, narinfos) = Default::default();
-        StreamLimits { taken: Mutex::default(), streams, narinfos, max_for_peers }
+        StreamLimits { counts: Mutex::default(), streams, narinfos, max_for_peers }
     }
 
     /// Returns a permit for a response to `peer`, which is `None` for this machine. At one of the
@@ -162,21 +164,21 @@ impl StreamLimits {
         progress: &Arc<SendProgress>,
         waits: bool,
     ) -> Option<StreamPermit<'_>> {
-        let has_room = |taken: &mut StreamCounts| taken.make_room(peer, self.max_for_peers);
-        let waiting: SelectWaiting = |taken| &mut taken.waiting_for_streams;
-        let mut taken = self.taken.lock();
-        if !has_room(&mut taken) {
+        let has_room = |counts: &mut StreamCounts| counts.make_room(peer, self.max_for_peers);
+        let waiting: SelectWaiting = |counts| &mut counts.waiting_for_streams;
+        let mut counts = self.counts.lock();
+        if !has_room(&mut counts) {
             if !waits {
                 return None;
             }
-            taken = wait(taken, &self.streams, waiting, peer.is_none(), progress, has_room)?;
+            counts = wait(counts, &self.streams, waiting, peer.is_none(), progress, has_room)?;
         }
         // This stream has not been told to give way, though an earlier one of the connection may.
         progress.clear_give_way();
-        let id = taken.next_id;
-        taken.next_id += 1;
-        taken.streams.push(Stream { id, peer, progress: progress.clone() });
-        Some(StreamPermit { permits: self, id })
+        let id = counts.next_id;
+        counts.next_id += 1;
+        counts.streams.push(Stream { id, peer, progress: progress.clone() });
+        Some(StreamPermit { limits: self, id })
     }
 
     /// Waits up to 30 s for a permit to build a large narinfo. Returns `None` after that, and at
@@ -186,23 +188,23 @@ impl StreamLimits {
         is_own: bool,
         progress: &SendProgress,
     ) -> Option<LargeNarinfoPermit<'_>> {
-        let has_room = |taken: &mut StreamCounts| taken.large_narinfos < MAX_LARGE_NARINFOS;
-        let waiting: SelectWaiting = |taken| &mut taken.waiting_for_narinfos;
-        let mut taken = self.taken.lock();
-        if !has_room(&mut taken) {
-            taken = wait(taken, &self.narinfos, waiting, is_own, progress, has_room)?;
+        let has_room = |counts: &mut StreamCounts| counts.large_narinfos < MAX_LARGE_NARINFOS;
+        let waiting: SelectWaiting = |counts| &mut counts.waiting_for_narinfos;
+        let mut counts = self.counts.lock();
+        if !has_room(&mut counts) {
+            counts = wait(counts, &self.narinfos, waiting, is_own, progress, has_room)?;
         }
-        taken.large_narinfos += 1;
+        counts.large_narinfos += 1;
         Some(LargeNarinfoPermit(self))
     }
 
     /// Returns a permit to compress a NAR without waiting; `None` at the limit.
     pub fn try_compression_permit(&self) -> Option<CompressionPermit<'_>> {
-        let mut taken = self.taken.lock();
-        if taken.compressed >= MAX_COMPRESSED {
+        let mut counts = self.counts.lock();
+        if counts.compressed >= MAX_COMPRESSED {
             return None;
         }
-        taken.compressed += 1;
+        counts.compressed += 1;
         Some(CompressionPermit(self))
     }
 }
@@ -211,58 +213,58 @@ impl StreamLimits {
 /// after that, if the client's connection was closed, or if too many other machines wait.
 /// `waiting` selects the numbers of requests in the queue.
 fn wait<'a>(
-    mut taken: MutexGuard<'a, StreamCounts>,
+    mut counts: MutexGuard<'a, StreamCounts>,
     queue: &WaitQueue,
     waiting: SelectWaiting,
     is_own: bool,
     progress: &SendProgress,
     has_room: impl Fn(&mut StreamCounts) -> bool,
 ) -> Option<MutexGuard<'a, StreamCounts>> {
-    let strangers = taken.waiting_for_streams.strangers + taken.waiting_for_narinfos.strangers;
+    let strangers = counts.waiting_for_streams.strangers + counts.waiting_for_narinfos.strangers;
     if !is_own && strangers >= MAX_WAITING_STRANGERS {
         return None;
     }
-    *waiting(&mut taken).of(is_own) += 1;
+    *waiting(&mut counts).of(is_own) += 1;
     let deadline = Instant::now() + PERMIT_TIMEOUT.get();
     let mut has_permit = false;
     while !has_permit
         && !progress.is_closed()
         && let Some(left) = deadline.checked_duration_since(Instant::now())
     {
-        let left = left.min(WAIT_CHECK);
-        taken = queue.of(is_own).wait_timeout(taken, left);
-        has_permit = has_room(&mut taken);
+        let left = left.min(CHECK_INTERVAL);
+        counts = queue.of(is_own).wait_timeout(counts, left);
+        has_permit = has_room(&mut counts);
     }
-    *waiting(&mut taken).of(is_own) -= 1;
-    has_permit.then_some(taken)
+    *waiting(&mut counts).of(is_own) -= 1;
+    has_permit.then_some(counts)
 }
 
 impl Drop for LargeNarinfoPermit<'_> {
     fn drop(&mut self) {
-        let mut taken = self.0.taken.lock();
-        taken.large_narinfos -= 1;
+        let mut counts = self.0.counts.lock();
+        counts.large_narinfos -= 1;
         // Every request in the queue can use the permit.
-        self.0.narinfos.of(taken.waiting_for_narinfos.own > 0).notify_one();
+        self.0.narinfos.of(counts.waiting_for_narinfos.own > 0).notify_one();
     }
 }
 
 impl Drop for StreamPermit<'_> {
     fn drop(&mut self) {
-        let mut taken = self.permits.taken.lock();
-        taken.streams.retain(|stream| stream.id != self.id);
+        let mut counts = self.limits.counts.lock();
+        counts.streams.retain(|stream| stream.id != self.id);
         // Every request of this machine can use the permit. Those of others may be at the limit of
         // their address, so all of them look.
-        if taken.waiting_for_streams.own > 0 {
-            self.permits.streams.own.notify_one();
-        } else if taken.waiting_for_streams.strangers > 0 {
-            self.permits.streams.strangers.notify_all();
+        if counts.waiting_for_streams.own > 0 {
+            self.limits.streams.own.notify_one();
+        } else if counts.waiting_for_streams.strangers > 0 {
+            self.limits.streams.strangers.notify_all();
         }
     }
 }
 
 impl Drop for CompressionPermit<'_> {
     fn drop(&mut self) {
-        self.0.taken.lock().compressed -= 1;
+        self.0.counts.lock().compressed -= 1;
     }
 }
 
@@ -296,13 +298,13 @@ mod tests {
             assert!(waiting.join().unwrap());
         });
         drop((others, own));
-        assert!(permits.taken.lock().streams.is_empty());
+        assert!(permits.counts.lock().streams.is_empty());
     }
 
     #[test]
     fn stream_whose_client_takes_nothing_makes_room() {
         let permits = StreamLimits::default();
-        let stalled = || Arc::new(SendProgress::stalled(STALLED.get()));
+        let stalled = || Arc::new(SendProgress::stalled(STALL_TIMEOUT.get()));
         let all: Vec<_> = (0..MAX_PEER_STREAMS)
             .map(|n| match n % 2 {
                 0 => (peer(1 + n as u8), reads()),
@@ -319,7 +321,7 @@ mod tests {
         assert!(all.iter().all(|(_, p)| p.stalled_since().is_some() == p.has_to_give_way()));
         drop(held);
         assert_eq!(
-            permits.taken.lock().streams.len(),
+            permits.counts.lock().streams.len(),
             next.len(),
             "ended permits are not returned twice"
         );
@@ -328,10 +330,10 @@ mod tests {
     #[test]
     fn stalled_stream_of_this_machine_does_not_make_room() {
         let permits = StreamLimits::default();
-        let stalled = || Arc::new(SendProgress::stalled(2 * STALLED.get()));
+        let stalled = || Arc::new(SendProgress::stalled(2 * STALL_TIMEOUT.get()));
         let at_once = |peer, progress| permits.for_stream(peer, &progress, false);
         let _own: Vec<_> = (1..MAX_STREAMS).map(|_| at_once(None, stalled()).unwrap()).collect();
-        let stranger = Arc::new(SendProgress::stalled(STALLED.get()));
+        let stranger = Arc::new(SendProgress::stalled(STALL_TIMEOUT.get()));
         let _other = at_once(peer(1), stranger.clone()).unwrap();
         assert!(at_once(None, reads()).is_some() && stranger.has_to_give_way());
         let _last = at_once(None, reads()).unwrap();
@@ -354,7 +356,7 @@ mod tests {
         let permits = StreamLimits::default();
         let held: Vec<_> =
             (0..MAX_STREAMS).map(|_| permits.for_stream(None, &reads(), false).unwrap()).collect();
-        let waiting = || permits.taken.lock().waiting_for_streams.strangers;
+        let waiting = || permits.counts.lock().waiting_for_streams.strangers;
         let (closed, began) = (reads(), Instant::now());
         thread::scope(|scope| {
             let wait = || scope.spawn(|| permits.for_stream(peer(1), &closed, true).is_some());
@@ -370,7 +372,7 @@ mod tests {
             assert!(permits.for_stream(peer(2), &reads(), true).is_none());
             // This machine's requests wait nevertheless.
             let own = scope.spawn(|| permits.for_stream(None, &reads(), true).is_some());
-            while permits.taken.lock().waiting_for_streams.own == 0 {
+            while permits.counts.lock().waiting_for_streams.own == 0 {
                 thread::yield_now();
             }
             closed.record_closed();

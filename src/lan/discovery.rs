@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 const HELLO_INTERVAL: Duration = Duration::from_secs(30);
 /// First interval between hellos after a start or a change of network. It doubles up to
 /// [`HELLO_INTERVAL`], as for announcements in RFC 6762, section 8.3. Three hellos leave within
-/// [`GRACE`], so one may be lost.
+/// [`HELLO_GRACE`], so one may be lost.
 const FIRST_HELLO_INTERVAL: Duration = Duration::from_millis(100);
 /// Maximum random delay of the reply to a hello. It keeps peers from answering a broadcast at the
 /// same moment.
@@ -58,14 +58,14 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_GREETINGS: usize = 64;
 /// Interval after which known addresses of the neighbour tables are greeted again: a hello may have
 /// been lost, or the host may have started peerix.
-const GREET_AGAIN: Duration = Duration::from_secs(300);
+const GREETING_RESET_INTERVAL: Duration = Duration::from_secs(300);
 /// Maximum number of greeted addresses that are remembered. At the bound the oldest is forgotten,
 /// and greeted again.
 const MAX_GREETED: usize = 4096;
 
 /// After a start, a wake-up or a change of network, no lookup ends as a miss before this time:
 /// peers may still answer the hellos.
-const GRACE: Timeout = Timeout::from_millis(500);
+const HELLO_GRACE: Timeout = Timeout::from_millis(500);
 
 /// Maximum number of live peers that are asked by unicast. If more are live, the most useful ones
 /// are asked by unicast, and the batch is also broadcast.
@@ -263,7 +263,7 @@ pub struct Discovery<E> {
     recent_replies: Vec<Instant>,
     greeted: BoundedMap<SocketAddr, (), MAX_GREETED>,
     /// When `greeted` is cleared.
-    greet_again: Instant,
+    next_greeting_reset: Instant,
     next_probe: Instant,
     /// No peer's [`LanPeer::next_probe`] is earlier, so before it the peers need not be searched
     /// for one. `None` if no probe is planned.
@@ -302,13 +302,13 @@ impl<E: Environment> Discovery<E> {
             broadcasts: BoundedMap::default(),
             broadcast_until: now,
             next_broadcast: now,
-            grace_until: now + GRACE.get(),
+            grace_until: now + HELLO_GRACE.get(),
             next_hello: now,
             hello_interval: FIRST_HELLO_INTERVAL,
             hello_replies: BTreeMap::new(),
             recent_replies: Vec::new(),
             greeted: BoundedMap::default(),
-            greet_again: now,
+            next_greeting_reset: now,
             next_probe: now,
             earliest_probe: None,
             earliest_repeat: None,
@@ -322,8 +322,8 @@ impl<E: Environment> Discovery<E> {
         let t = self.lookup_time(now);
         match event {
             Event::Datagram { from, bytes } => self.handle_datagram(from, bytes, now, t, out),
-            Event::LookUp(lookup) => self.look_up(lookup, now, t),
-            Event::Settled { lookup, found } => self.settled(lookup, found, t),
+            Event::LookUp(lookup) => self.handle_lookup(lookup, now, t),
+            Event::Settled { lookup, found } => self.handle_settled(lookup, found, t),
             Event::Failed { lookup, peer } => {
                 if self.peers.get_mut(peer).is_some_and(|peer| peer.settle(lookup)) {
                     self.lookups.record_settled(lookup, false);
@@ -333,9 +333,9 @@ impl<E: Environment> Discovery<E> {
             }
             Event::SetNamed(addresses) => self.set_named(&addresses, t, out),
             Event::ListPeers(list) => drop(list.try_send(self.peers.list())),
-            Event::NetworkChanged => self.network_changed(now),
+            Event::NetworkChanged => self.handle_network_change(now),
             Event::KernelNeighbours(addresses) => self.greet(&addresses, out),
-            Event::Tick { drained } => self.tick(drained, now, t, out),
+            Event::Tick { drained } => self.handle_tick(drained, now, t, out),
         }
     }
 
@@ -359,7 +359,7 @@ impl<E: Environment> Discovery<E> {
 
     /// Appends the *bye* packets to `out`: a broadcast, and one for each peer that `--peer` names.
     pub fn bye(&self, out: &mut OutgoingDatagrams) {
-        self.to_all(Packet::Bye(self.hello()), out);
+        self.send_to_all(Packet::Bye(self.hello()), out);
     }
 
     /// UDP port of this node and of its peers.
@@ -393,7 +393,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn to_all(&self, packet: Packet, out: &mut OutgoingDatagrams) {
+    fn send_to_all(&self, packet: Packet, out: &mut OutgoingDatagrams) {
         if self.environment.has_lan() {
             out.push((DatagramTarget::Everyone, packet.clone()));
             out.extend(self.peers.named().map(|peer| (DatagramTarget::Peer(peer), packet.clone())));
@@ -409,8 +409,8 @@ impl<E: Environment> Discovery<E> {
 
     // Lookups.
 
-    fn look_up(&mut self, lookup: LookupRequest, now: Instant, t: Instant) {
-        let LookupRequest { id, hash_part, updates } = lookup;
+    fn handle_lookup(&mut self, request: LookupRequest, now: Instant, t: Instant) {
+        let LookupRequest { id, hash_part, updates } = request;
         if !self.environment.has_lan() {
             let _ = updates.try_send(LookupUpdate::Ended { asked: 0, unanswered: 0 });
             return;
@@ -476,7 +476,7 @@ impl<E: Environment> Discovery<E> {
                     let added = peer.record_held_back(&lookups, t);
                     self.record_asked(&added, address, t);
                 }
-                None => self.ask(address, batch, t, out),
+                None => self.send_query(address, batch, t, out),
             }
         }
         batch.iter().for_each(|(id, _)| self.lookups.update_next_end(*id));
@@ -546,7 +546,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Sends `batch` to one peer in packets that it understands, and records that it owes answers.
-    fn ask(
+    fn send_query(
         &mut self,
         address: SocketAddr,
         batch: &[(LookupId, HashPart)],
@@ -616,7 +616,7 @@ impl<E: Environment> Discovery<E> {
         let sent = self.lookups.sent();
         if !sent.is_empty() {
             let batch = self.lookups.hash_parts(&sent);
-            self.ask(address, &batch, t, out);
+            self.send_query(address, &batch, t, out);
         }
     }
 
@@ -629,11 +629,11 @@ impl<E: Environment> Discovery<E> {
     ) {
         let batch = self.lookups.hash_parts(lookups);
         if !batch.is_empty() {
-            self.ask(address, &batch, t, out);
+            self.send_query(address, &batch, t, out);
         }
     }
 
-    fn settled(&mut self, lookup: LookupId, found: Option<SocketAddr>, t: Instant) {
+    fn handle_settled(&mut self, lookup: LookupId, found: Option<SocketAddr>, t: Instant) {
         let hash_part = self.lookups.get_mut(lookup).map(|lookup| lookup.hash_part);
         if let Some(peer) = found.and_then(|address| self.peers.get_mut(address)) {
             peer.found = peer.found.saturating_add(1);
@@ -685,9 +685,9 @@ impl<E: Environment> Discovery<E> {
         }
         let is_peer = self.may_be_peer(from);
         match packet {
-            Packet::Query { id, hash_part } => self.query(from, id, hash_part, now, t, out),
+            Packet::Query { id, hash_part } => self.handle_query(from, id, hash_part, now, t, out),
             Packet::QueryMany { id, hash_parts, holders_only } => {
-                self.query_many(from, id, &hash_parts, holders_only, now, t, out);
+                self.handle_query_many(from, id, &hash_parts, holders_only, now, t, out);
             }
             _ if !is_peer => {}
             Packet::Have { id, port, url_path } => {
@@ -695,11 +695,20 @@ impl<E: Environment> Discovery<E> {
                 // interface.
                 let mut http = from;
                 http.set_port(port);
-                self.answer(from, id, &QueryAnswer::Have(Holder { http, url_path }), now, t, out);
+                self.handle_answer(
+                    from,
+                    id,
+                    &QueryAnswer::Have(Holder { http, url_path }),
+                    now,
+                    t,
+                    out,
+                );
             }
-            Packet::HaveNot { id } => self.answer(from, id, &QueryAnswer::HaveNot, now, t, out),
+            Packet::HaveNot { id } => {
+                self.handle_answer(from, id, &QueryAnswer::HaveNot, now, t, out)
+            }
             Packet::AnswerMany { id, held } => {
-                self.answer(from, id, &QueryAnswer::Many(held), now, t, out)
+                self.handle_answer(from, id, &QueryAnswer::Many(held), now, t, out)
             }
             Packet::Hello(hello) => self.handle_hello(from, hello, now, t, out),
             Packet::Bye(bye) => self.handle_bye(from, bye, now, t, out),
@@ -707,7 +716,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Handles an answer to the query with request ID `id`.
-    fn answer(
+    fn handle_answer(
         &mut self,
         from: SocketAddr,
         id: u32,
@@ -730,9 +739,9 @@ impl<E: Environment> Discovery<E> {
         for (at, lookup) in lookups.iter().enumerate() {
             let Some(hash_part) = self.lookups.hash_part(*lookup) else { continue };
             match answer.holder(at, hash_part, from) {
-                Some(holder) => self.have(from, *lookup, holder, t),
+                Some(holder) => self.handle_have(from, *lookup, holder, t),
                 None if is_broadcast => {}
-                None => self.answered(from, *lookup),
+                None => self.record_have_not(from, *lookup),
             }
         }
         self.stop_budget_if_not_overdue(from, t);
@@ -748,19 +757,19 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Records that the peer has answered the lookup and owes it nothing more.
-    fn answered(&mut self, from: SocketAddr, lookup: LookupId) {
+    fn record_have_not(&mut self, from: SocketAddr, lookup: LookupId) {
         if self.peers.get_mut(from).is_some_and(|peer| peer.settle(lookup)) {
             self.lookups.record_settled(lookup, true);
         }
     }
 
-    fn have(&mut self, from: SocketAddr, lookup: LookupId, holder: Holder, t: Instant) {
+    fn handle_have(&mut self, from: SocketAddr, lookup: LookupId, holder: Holder, t: Instant) {
         let Some(peer) = self.peers.get_mut(from) else { return };
         if peer.owes_narinfo(lookup) {
             return;
         }
         if self.lookups.add_holder(lookup, from, holder) != HolderPlace::Now {
-            return self.answered(from, lookup);
+            return self.record_have_not(from, lookup);
         }
         let was_asked = peer.owe_narinfo(lookup, t);
         self.lookups.record_holder(lookup, was_asked);
@@ -781,7 +790,7 @@ impl<E: Environment> Discovery<E> {
 
     // Queries of peers.
 
-    fn query(
+    fn handle_query(
         &mut self,
         from: SocketAddr,
         id: u32,
@@ -793,7 +802,7 @@ impl<E: Environment> Discovery<E> {
         if !self.environment.is_answered(from) {
             return;
         }
-        self.heard_query(from, now, t, out);
+        self.record_query(from, now, t, out);
         let Some(held) = self.environment.query_held_paths(&[hash_part], from) else { return };
         if held.contains(&true) {
             out.push((
@@ -810,7 +819,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn query_many(
+    fn handle_query_many(
         &mut self,
         from: SocketAddr,
         id: u32,
@@ -823,7 +832,7 @@ impl<E: Environment> Discovery<E> {
         if !self.environment.is_answered(from) {
             return;
         }
-        self.heard_query(from, now, t, out);
+        self.record_query(from, now, t, out);
         let hash_parts: Vec<HashPart> = hash_parts.iter().collect();
         let Some(held) = self.environment.query_held_paths(&hash_parts, from) else { return };
         let held = AnswerBits::pack(held);
@@ -847,7 +856,7 @@ impl<E: Environment> Discovery<E> {
 
     /// Records a query from `from`. If that may be a peer and is new, this node replies with a
     /// hello and sends it the open lookups.
-    fn heard_query(
+    fn record_query(
         &mut self,
         from: SocketAddr,
         now: Instant,
@@ -882,7 +891,7 @@ impl<E: Environment> Discovery<E> {
             return;
         }
         if let Some(digest) = &hello.digest {
-            self.environment.heard_digest(&hello.instance, digest, from);
+            self.environment.record_digest(&hello.instance, digest, from);
         }
         let met_by =
             if self.greeted.get(&from).is_some() { MetBy::NeighbourTable } else { MetBy::Hello };
@@ -949,9 +958,9 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn network_changed(&mut self, now: Instant) {
+    fn handle_network_change(&mut self, now: Instant) {
         (self.next_hello, self.hello_interval) = (now, FIRST_HELLO_INTERVAL);
-        self.grace_until = now + GRACE.get();
+        self.grace_until = now + HELLO_GRACE.get();
         self.next_broadcast = now;
         self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(now));
         self.earliest_probe = Some(now);
@@ -1016,10 +1025,16 @@ impl<E: Environment> Discovery<E> {
 
     // The end of a turn.
 
-    fn tick(&mut self, drained: bool, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
+    fn handle_tick(
+        &mut self,
+        drained: bool,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         self.say_hello(now, t, out);
         self.send_batches(now, t, out);
-        self.repeat(t, out);
+        self.send_repeats(t, out);
         if drained {
             self.check_overdue(now, t, out);
         }
@@ -1033,12 +1048,12 @@ impl<E: Environment> Discovery<E> {
         if now >= self.next_hello {
             self.next_hello = now + self.hello_interval;
             self.hello_interval = HELLO_INTERVAL.min(self.hello_interval * 2);
-            self.to_all(Packet::Hello(self.hello()), out);
+            self.send_to_all(Packet::Hello(self.hello()), out);
             for address in self.peers.forget_old(now) {
-                self.silence(address, now, t);
+                self.mark_silent(address, now, t);
             }
-            if now >= self.greet_again {
-                self.greet_again = now + GREET_AGAIN;
+            if now >= self.next_greeting_reset {
+                self.next_greeting_reset = now + GREETING_RESET_INTERVAL;
                 self.greeted.clear();
             }
         }
@@ -1051,7 +1066,7 @@ impl<E: Environment> Discovery<E> {
         });
     }
 
-    fn repeat(&mut self, t: Instant, out: &mut OutgoingDatagrams) {
+    fn send_repeats(&mut self, t: Instant, out: &mut OutgoingDatagrams) {
         if self.earliest_repeat.is_none_or(|at| at > t) {
             return;
         }
@@ -1134,7 +1149,7 @@ impl<E: Environment> Discovery<E> {
         };
         if peer.has_left(t) || is_silent {
             log::debug!("peer {address}: silent");
-            return self.silence(address, now, t);
+            return self.mark_silent(address, now, t);
         }
         let owed = peer.owed_since(until);
         let narinfos: Vec<LookupId> =
@@ -1158,7 +1173,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Makes the peer silent: it gets no queries until it answers a probe.
-    fn silence(&mut self, address: SocketAddr, now: Instant, t: Instant) {
+    fn mark_silent(&mut self, address: SocketAddr, now: Instant, t: Instant) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         let owed = peer.silence(now);
         self.plan(address);

@@ -36,7 +36,7 @@ pub trait Environment: Send {
     /// Called for each hello of a neighbour that carries a digest. The neighbour may be a friend.
     /// `_http` is the address from which the hello came, which is also that of the neighbour's HTTP
     /// server.
-    fn heard_digest(&mut self, _instance: &[u8; 8], _digest: &HelloDigest, _http: SocketAddr) {}
+    fn record_digest(&mut self, _instance: &[u8; 8], _digest: &HelloDigest, _http: SocketAddr) {}
 }
 
 /// Called on the discovery thread with the instance ID, the digest and the HTTP address of each
@@ -99,7 +99,7 @@ impl Environment for StoreEnvironment {
         self.friends.as_ref().map(|(key, _)| key.digest(instance))
     }
 
-    fn heard_digest(&mut self, instance: &[u8; 8], digest: &HelloDigest, http: SocketAddr) {
+    fn record_digest(&mut self, instance: &[u8; 8], digest: &HelloDigest, http: SocketAddr) {
         if let Some((_, observer)) = &mut self.friends {
             observer(instance, digest, http);
         }

@@ -14,7 +14,7 @@ use std::{io, thread};
 
 /// Size of the send and the receive buffer requested from the kernel, in bytes. The kernel caps it
 /// at `wmem_max` or `rmem_max` and doubles it (socket(7)).
-const BUFFER: usize = 1 << 20;
+const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
 
 /// Maximum time that one turn of the loop waits for room in the send buffer, in all. At 1 Mbit/s a
 /// buffer of 416 KiB empties in 3.4 s. At the bound datagrams are dropped; discovery repeats
@@ -22,10 +22,10 @@ const BUFFER: usize = 1 << 20;
 const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// Pause before discovery retries an interface on which it could not join the multicast group.
-const JOIN_RETRY: Duration = Duration::from_secs(5);
+const JOIN_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Maximum number of datagrams sent before the sockets are read again.
-pub(super) const SENDS_AT_ONCE: usize = 32;
+pub(super) const MAX_SENDS_PER_TURN: usize = 32;
 
 /// The sockets of discovery, and what is known of the networks that they reach.
 pub(super) struct DiscoverySockets {
@@ -34,23 +34,23 @@ pub(super) struct DiscoverySockets {
     /// For each of `sockets`, two on the same address with other ports, for
     /// [`DatagramTarget::Behind`] and [`DatagramTarget::Unproven`]. Datagrams that wait for ARP
     /// fill the send buffer of one of these, and not that of the first socket.
-    extra: Vec<[Option<UdpSocket>; 2]>,
-    ready: Vec<usize>,
+    unproven_sockets: Vec<[Option<UdpSocket>; 2]>,
+    ready_sockets: Vec<usize>,
     port: u16,
     networks: Arc<Networks>,
     watcher: NetworkWatcher,
     /// Socket index and interface index of each membership in the multicast group.
     joined: HashSet<(usize, u32)>,
     /// When a failed join is retried.
-    join_again: Option<Instant>,
-    unreachable: bool,
+    next_join: Option<Instant>,
+    has_send_failure: bool,
     /// Whether this node uses the LAN. If not, it joins no group and has no extra sockets.
     has_lan: bool,
     /// Remainder of [`SEND_TIMEOUT`] in this turn.
     send_time_left: Duration,
     /// Number of datagrams that found the send buffer full since
     /// [`DiscoverySockets::take_dropped`].
-    dropped: u64,
+    dropped_datagrams: u64,
 }
 
 /// Address to which a socket is bound.
@@ -58,12 +58,12 @@ pub(super) struct DiscoverySockets {
 struct BoundAddress {
     address: SocketAddr,
     /// Whether it is an IPv6 socket that also carries IPv4, as systemd makes them by default.
-    dual: bool,
+    is_dual_stack: bool,
 }
 
 impl BoundAddress {
     fn carries_family_of(&self, target: SocketAddr) -> bool {
-        self.dual || self.address.is_ipv4() == target.is_ipv4()
+        self.is_dual_stack || self.address.is_ipv4() == target.is_ipv4()
     }
 }
 
@@ -82,33 +82,34 @@ impl DiscoverySockets {
         let mut bound = Vec::new();
         for socket in &sockets {
             let address = socket.local_addr()?;
-            let dual = address.is_ipv6()
+            let is_dual_stack = address.is_ipv6()
                 && address.ip().is_unspecified()
                 && !socket2::SockRef::from(socket).only_v6()?;
-            bound.push(BoundAddress { address, dual });
+            bound.push(BoundAddress { address, is_dual_stack });
             set_options(socket)?;
         }
-        let extra = |bound: &BoundAddress| match has_lan {
+        let unproven_socket = |bound: &BoundAddress| match has_lan {
             true => bind_extra(*bound)
                 .inspect_err(|e| log::debug!("another socket on {}: {e}", bound.address))
                 .ok(),
             false => None,
         };
-        let extra = bound.iter().map(|bound| [extra(bound), extra(bound)]).collect();
+        let unproven_sockets =
+            bound.iter().map(|bound| [unproven_socket(bound), unproven_socket(bound)]).collect();
         let mut sockets = DiscoverySockets {
             sockets,
             bound,
-            extra,
-            ready: Vec::new(),
+            unproven_sockets,
+            ready_sockets: Vec::new(),
             port,
             watcher: NetworkWatcher::new(networks.clone(), Instant::now()),
             networks,
             joined: HashSet::new(),
-            join_again: None,
-            unreachable: false,
+            next_join: None,
+            has_send_failure: false,
             has_lan,
             send_time_left: SEND_TIMEOUT,
-            dropped: 0,
+            dropped_datagrams: 0,
         };
         sockets.join(Instant::now());
         Ok(sockets)
@@ -116,7 +117,7 @@ impl DiscoverySockets {
 
     /// Number of sockets: [`DiscoverySockets::receive`] takes an index below it.
     pub(super) fn len(&self) -> usize {
-        self.sockets.len() + self.extra.as_flattened().len()
+        self.sockets.len() + self.unproven_sockets.as_flattened().len()
     }
 
     /// Receives a datagram from the socket with index `at`. Returns its length and source address;
@@ -124,7 +125,7 @@ impl DiscoverySockets {
     pub(super) fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
         let socket = match at.checked_sub(self.sockets.len()) {
             None => Some(&self.sockets[at]),
-            Some(at) => self.extra.as_flattened()[at].as_ref(),
+            Some(at) => self.unproven_sockets.as_flattened()[at].as_ref(),
         };
         let (len, from) = socket.ok_or(io::ErrorKind::WouldBlock)?.recv_from(buffer)?;
         let from = match from {
@@ -142,19 +143,23 @@ impl DiscoverySockets {
     /// tells which sockets have datagrams.
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
         self.send_time_left = SEND_TIMEOUT;
-        self.ready.clear();
+        self.ready_sockets.clear();
         let sockets = self
             .sockets
             .iter()
             .map(Some)
-            .chain(self.extra.as_flattened().iter().map(Option::as_ref));
+            .chain(self.unproven_sockets.as_flattened().iter().map(Option::as_ref));
         let sockets: Vec<(usize, &UdpSocket)> =
             sockets.enumerate().filter_map(|(at, socket)| Some((at, socket?))).collect();
         let mut fds: Vec<PollFd<'_>> =
             sockets.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)).collect();
         fds.extend(wakers.iter().map(|waker| PollFd::new(*waker, PollFlags::IN)));
-        let news = self.watcher.as_fd();
-        fds.extend(news.as_ref().map(|news| PollFd::new(news, PollFlags::IN)));
+        let network_events = self.watcher.as_fd();
+        fds.extend(
+            network_events
+                .as_ref()
+                .map(|network_events| PollFd::new(network_events, PollFlags::IN)),
+        );
         let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
         if let Err(e) = poll(&mut fds, Some(&timeout))
             && e != rustix::io::Errno::INTR
@@ -167,7 +172,7 @@ impl DiscoverySockets {
             .zip(&fds)
             .filter(|(_, fd)| !fd.revents().is_empty())
             .map(|((at, _), _)| *at);
-        self.ready.extend(ready);
+        self.ready_sockets.extend(ready);
         for waker in wakers {
             let _ = rustix::io::read(waker, &mut [0u8; 8]);
         }
@@ -176,21 +181,21 @@ impl DiscoverySockets {
     /// Indexes for [`DiscoverySockets::receive`] of the sockets that had datagrams at the end of
     /// the last wait.
     pub(super) fn ready(&self) -> &[usize] {
-        &self.ready
+        &self.ready_sockets
     }
 
     /// When [`DiscoverySockets::update_networks`] must be called even if the kernel reports no
     /// change.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        [self.watcher.next_due(), self.join_again].into_iter().flatten().min()
+        [self.watcher.next_due(), self.next_join].into_iter().flatten().min()
     }
 
     /// Reads the addresses of this machine again if there is a reason to, and joins the multicast
     /// group on new interfaces. Returns whether the interfaces in use or their addresses changed.
     pub(super) fn update_networks(&mut self) -> bool {
         let now = Instant::now();
-        let changed = self.watcher.update(std::mem::take(&mut self.unreachable), now);
-        if changed || self.join_again.is_some_and(|at| at <= now) {
+        let changed = self.watcher.update(std::mem::take(&mut self.has_send_failure), now);
+        if changed || self.next_join.is_some_and(|at| at <= now) {
             self.join(now);
         }
         changed
@@ -204,7 +209,7 @@ impl DiscoverySockets {
         let indexes: HashSet<u32> =
             self.networks.current().multicast_interfaces().into_iter().collect();
         self.joined.retain(|(_, index)| indexes.contains(index));
-        self.join_again = None;
+        self.next_join = None;
         for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
             let SocketAddr::V6(bound) = bound.address else { continue };
             let _ = socket.set_multicast_loop_v6(false);
@@ -218,7 +223,7 @@ impl DiscoverySockets {
                     Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                     Err(e) => {
                         log::debug!("multicast on interface {index}: {e}");
-                        self.join_again = Some(now + JOIN_RETRY);
+                        self.next_join = Some(now + JOIN_RETRY_INTERVAL);
                         continue;
                     }
                 }
@@ -227,7 +232,7 @@ impl DiscoverySockets {
         }
     }
 
-    /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the first socket before the
+    /// Sends up to [`MAX_SENDS_PER_TURN`] datagrams of `out`, those for the first socket before the
     /// others. Returns whether any are left. While send buffers are full, blocks for
     /// [`SEND_TIMEOUT`] per turn at most.
     pub(super) fn send(&mut self, out: &mut OutgoingDatagrams) -> bool {
@@ -237,7 +242,7 @@ impl DiscoverySockets {
             DatagramTarget::Unproven(_) => 2,
         };
         out.sort_by_key(|(to, _)| order(to));
-        for (to, packet) in out.drain(..out.len().min(SENDS_AT_ONCE)) {
+        for (to, packet) in out.drain(..out.len().min(MAX_SENDS_PER_TURN)) {
             let bytes = packet.encode();
             match to {
                 DatagramTarget::Peer(peer)
@@ -255,7 +260,7 @@ impl DiscoverySockets {
 
     /// Returns the number of datagrams that found the send buffer full, and resets it to 0.
     pub(super) fn take_dropped(&mut self) -> u64 {
-        std::mem::take(&mut self.dropped)
+        std::mem::take(&mut self.dropped_datagrams)
     }
 
     /// Sends a datagram. `from` is 0 for the first socket, 1 and 2 for the extra ones. Waits for
@@ -263,13 +268,14 @@ impl DiscoverySockets {
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, from: usize) {
         let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
-            SocketAddr::V4(v4) if self.bound[at].dual => {
+            SocketAddr::V4(v4) if self.bound[at].is_dual_stack => {
                 (v4.ip().to_ipv6_mapped(), v4.port()).into()
             }
             _ => target,
         };
-        let extra = from.checked_sub(1).and_then(|from| self.extra[at][from].as_ref());
-        let mut sent = extra.unwrap_or(&self.sockets[at]).send_to(bytes, mapped);
+        let unproven_socket =
+            from.checked_sub(1).and_then(|from| self.unproven_sockets[at][from].as_ref());
+        let mut sent = unproven_socket.unwrap_or(&self.sockets[at]).send_to(bytes, mapped);
         while is_full(&sent) && from == 0 && !self.send_time_left.is_zero() {
             let began = Instant::now();
             let timeout = Timespec::try_from(self.send_time_left)
@@ -278,11 +284,11 @@ impl DiscoverySockets {
             self.send_time_left = self.send_time_left.saturating_sub(began.elapsed());
             sent = self.sockets[at].send_to(bytes, mapped);
         }
-        self.dropped += u64::from(is_full(&sent));
+        self.dropped_datagrams += u64::from(is_full(&sent));
         if let Err(e) = sent {
             // Not an error: discovery repeats lost queries.
             log::debug!("datagram to {target}: {e}");
-            self.unreachable |= e.kind() != io::ErrorKind::WouldBlock;
+            self.has_send_failure |= e.kind() != io::ErrorKind::WouldBlock;
         }
     }
 }
@@ -295,8 +301,8 @@ fn set_options(socket: &UdpSocket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_broadcast(true)?;
     let socket = socket2::SockRef::from(socket);
-    socket.set_recv_buffer_size(BUFFER)?;
-    socket.set_send_buffer_size(BUFFER)
+    socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
+    socket.set_send_buffer_size(RECEIVE_BUFFER_BYTES)
 }
 
 /// Binds another socket to the same address, with a port that the kernel chooses.
@@ -304,7 +310,7 @@ fn bind_extra(bound: BoundAddress) -> io::Result<UdpSocket> {
     let domain = socket2::Domain::for_address(bound.address);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
     if bound.address.is_ipv6() {
-        socket.set_only_v6(!bound.dual)?;
+        socket.set_only_v6(!bound.is_dual_stack)?;
     }
     let mut address = bound.address;
     address.set_port(0);
@@ -386,7 +392,7 @@ mod tests {
         let through = |bound: &[&str], target: &str| {
             let bind = |ip: &&str| BoundAddress {
                 address: SocketAddr::new(ip.parse().unwrap(), 12304),
-                dual: *ip == "::",
+                is_dual_stack: *ip == "::",
             };
             let bound: Vec<BoundAddress> = bound.iter().map(bind).collect();
             socket_for(target.parse().unwrap(), &bound, &networks)

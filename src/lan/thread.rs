@@ -5,7 +5,7 @@ use super::discovery::{Discovery, Event, LookupRequest, OutgoingDatagrams};
 use super::environment::Environment;
 use super::lookups::{LookupId, LookupUpdate};
 use super::peer_table::Neighbour;
-use super::sockets::{DiscoverySockets, SENDS_AT_ONCE};
+use super::sockets::{DiscoverySockets, MAX_SENDS_PER_TURN};
 use crate::network::{Networks, neighbours};
 use crate::nix::HashPart;
 use crate::suspend::SuspendDetector;
@@ -24,19 +24,19 @@ use std::{io, thread};
 /// Maximum number of events that wait for the thread. Each of at most 1,024 connection threads has
 /// one lookup, and a few reports on its holders. At the bound a lookup ends at once without an
 /// answer, and a report is dropped: the lookup then ends by its time-outs.
-const MAX_WAITING: usize = 4096;
+const MAX_QUEUED_EVENTS: usize = 4096;
 
 /// Maximum number of datagrams read in one turn. At the bound no answer is judged overdue in this
 /// turn, because it may still be in a receive buffer.
-const MAX_READ: usize = 4096;
+const MAX_DATAGRAMS_PER_TURN: usize = 4096;
 
-/// Maximum number of sending rounds in one turn, each of [`SENDS_AT_ONCE`] datagrams: enough for a
-/// batch to 256 peers, its repeats, and answers. The rest leaves in the next turn.
-const MAX_ROUNDS: usize = 64;
+/// Maximum number of sending rounds in one turn, each of [`MAX_SENDS_PER_TURN`] datagrams: enough
+/// for a batch to 256 peers, its repeats, and answers. The rest leaves in the next turn.
+const MAX_SEND_ROUNDS: usize = 64;
 
 /// Maximum number of datagrams that wait to be sent. At the bound no datagram is read, so that the
 /// kernel's receive buffers limit what a flood takes.
-const MAX_OUTGOING: usize = 8192;
+const MAX_QUEUED_DATAGRAMS: usize = 8192;
 
 /// Interval between two readings of the kernel's neighbour tables.
 const NEIGHBOURS_INTERVAL: Duration = Duration::from_secs(30);
@@ -59,8 +59,8 @@ pub struct DiscoveryClient {
     next_lookup: AtomicU64,
     dropped: AtomicU64,
     // These are no events, because a full channel must not keep the thread from ending.
-    bye: AtomicBool,
-    stop: AtomicBool,
+    bye_requested: AtomicBool,
+    stop_requested: AtomicBool,
 }
 
 impl DiscoveryClient {
@@ -80,13 +80,13 @@ impl DiscoveryClient {
 
     /// Reports a good narinfo, which ends the lookup. `found` is the LAN peer from which it came,
     /// if any. Does not block.
-    pub fn settled(&self, lookup: LookupId, found: Option<SocketAddr>) {
+    pub fn settle(&self, lookup: LookupId, found: Option<SocketAddr>) {
         self.send(Event::Settled { lookup, found });
     }
 
     /// Reports that the lookup no longer waits for the narinfo of a peer that said *have*. Does not
     /// block.
-    pub fn failed(&self, lookup: LookupId, peer: SocketAddr) {
+    pub fn report_failed(&self, lookup: LookupId, peer: SocketAddr) {
         self.send(Event::Failed { lookup, peer });
     }
 
@@ -102,7 +102,7 @@ impl DiscoveryClient {
         let deadline = Instant::now() + timeout;
         // A full channel does not prove that the thread hangs, so this waits for room.
         self.events.send_deadline(Event::ListPeers(list), deadline).ok()?;
-        self.wake_thread();
+        self.wake();
         receiver.recv_deadline(deadline).ok()
     }
 
@@ -113,11 +113,11 @@ impl DiscoveryClient {
 
     fn send(&self, event: Event<'static>) {
         if self.events.try_send(event).is_ok() {
-            self.wake_thread();
+            self.wake();
         }
     }
 
-    fn wake_thread(&self) {
+    fn wake(&self) {
         if self.is_woken.swap(true, Ordering::SeqCst) {
             return;
         }
@@ -137,20 +137,20 @@ impl DiscoveryThread {
         networks: Arc<Networks>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<DiscoveryThread> {
-        let (sender, events) = bounded(MAX_WAITING);
+        let (event_sender, events) = bounded(MAX_QUEUED_EVENTS);
         let client = Arc::new(DiscoveryClient {
-            events: sender,
+            events: event_sender,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             is_woken: AtomicBool::new(false),
             next_lookup: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
-            bye: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
+            bye_requested: AtomicBool::new(false),
+            stop_requested: AtomicBool::new(false),
         });
         let turns = Arc::new(AtomicU64::new(0));
         let sockets =
             DiscoverySockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
-        let runner = DiscoveryLoop {
+        let discovery_loop = DiscoveryLoop {
             discovery,
             sockets,
             suspend: SuspendDetector::new(),
@@ -166,7 +166,7 @@ impl DiscoveryThread {
                 events.try_iter().for_each(drop);
                 on_end();
             }
-            runner.run(&events, &own_client, &own_turns);
+            discovery_loop.run(&events, &own_client, &own_turns);
         })?;
         Ok(DiscoveryThread { client, turns, thread: Some(thread) })
     }
@@ -174,8 +174,8 @@ impl DiscoveryThread {
     /// Makes the thread send *bye* to peers. The thread continues: open lookups still get their
     /// answers. Does not block.
     pub fn say_bye(&self) {
-        self.client.bye.store(true, Ordering::SeqCst);
-        self.client.wake_thread();
+        self.client.bye_requested.store(true, Ordering::SeqCst);
+        self.client.wake();
     }
 
     /// The interface of the thread for other threads.
@@ -186,15 +186,15 @@ impl DiscoveryThread {
     /// Returns the number of turns of the thread's loop so far, and wakes the thread for another
     /// one. If the number does not grow, the thread hangs. Does not block.
     pub fn request_turn(&self) -> u64 {
-        self.client.wake_thread();
+        self.client.wake();
         self.turns.load(Ordering::Relaxed)
     }
 }
 
 impl Drop for DiscoveryThread {
     fn drop(&mut self) {
-        self.client.stop.store(true, Ordering::SeqCst);
-        self.client.wake_thread();
+        self.client.stop_requested.store(true, Ordering::SeqCst);
+        self.client.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -219,18 +219,18 @@ impl<E: Environment> DiscoveryLoop<E> {
         turns: &AtomicU64,
     ) {
         loop {
-            let next =
+            let next_turn =
                 self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
-            let wait = next.saturating_duration_since(Instant::now());
+            let timeout = next_turn.saturating_duration_since(Instant::now());
             let wakers: Vec<_> =
                 [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
-            self.sockets.wait(&wakers, if self.out.is_empty() { wait } else { Duration::ZERO });
+            self.sockets.wait(&wakers, if self.out.is_empty() { timeout } else { Duration::ZERO });
             turns.fetch_add(1, Ordering::Relaxed);
-            // Must precede the reads below: a caller of `ring` writes first and then tests this
-            // flag.
+            // Must precede the reads below: a caller of [`DiscoveryClient::wake`] queues its event
+            // first and then tests this flag.
             client.is_woken.store(false, Ordering::SeqCst);
-            let stop = client.stop.load(Ordering::SeqCst);
-            let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;
+            let stop = client.stop_requested.load(Ordering::SeqCst);
+            let is_leaving = client.bye_requested.swap(false, Ordering::SeqCst) || stop;
             let has_slept = self.suspend.detect();
             if self.sockets.update_networks() || has_slept {
                 self.handle(Event::NetworkChanged);
@@ -241,24 +241,24 @@ impl<E: Environment> DiscoveryLoop<E> {
             }
             // If no turn was due yet, no answer can be overdue, and sockets without datagrams need
             // not be read.
-            let drained = if next <= Instant::now() {
-                self.read(0..self.sockets.len(), MAX_READ)
+            let drained = if next_turn <= Instant::now() {
+                self.read(0..self.sockets.len(), MAX_DATAGRAMS_PER_TURN)
             } else {
-                self.read(self.sockets.ready().to_vec(), MAX_READ);
+                self.read(self.sockets.ready().to_vec(), MAX_DATAGRAMS_PER_TURN);
                 false
             };
             self.handle(Event::Tick { drained });
-            if leaves {
+            if is_leaving {
                 // Follows a hello that was due. The thread says *bye* again at the end, because a
                 // query sent since the first *bye* makes this node known again.
                 self.discovery.bye(&mut self.out);
             }
             // Under a flood some datagrams may be left. They leave in the next turn.
-            for _ in 0..MAX_ROUNDS {
+            for _ in 0..MAX_SEND_ROUNDS {
                 if !self.sockets.send(&mut self.out) {
                     break;
                 }
-                self.read(0..self.sockets.len(), SENDS_AT_ONCE);
+                self.read(0..self.sockets.len(), MAX_SENDS_PER_TURN);
             }
             client.dropped.fetch_add(self.sockets.take_dropped(), Ordering::Relaxed);
             if stop {
@@ -291,7 +291,7 @@ impl<E: Environment> DiscoveryLoop<E> {
 
     /// Handles up to `max` datagrams of these sockets. Returns whether none is left.
     fn read(&mut self, sockets: impl IntoIterator<Item = usize>, max: usize) -> bool {
-        let mut left = max.min(MAX_OUTGOING.saturating_sub(self.out.len()));
+        let mut left = max.min(MAX_QUEUED_DATAGRAMS.saturating_sub(self.out.len()));
         if left == 0 {
             return false;
         }

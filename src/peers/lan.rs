@@ -207,7 +207,7 @@ impl LanSearch {
     /// Tells discovery that a holder on another network was accepted, so that it stops waiting.
     pub fn settle(&mut self) {
         if std::mem::replace(&mut self.is_open, false) {
-            self.lan.discovery.settled(self.lookup, None);
+            self.lan.discovery.settle(self.lookup, None);
         }
     }
 
@@ -264,7 +264,7 @@ impl LanSearch {
         let now = Instant::now();
         self.lan.health.record_answer(offer.http(), offer.latency, now);
         if std::mem::replace(&mut self.is_open, false) {
-            self.lan.discovery.settled(self.lookup, Some(offer.candidate.peer));
+            self.lan.discovery.settle(self.lookup, Some(offer.candidate.peer));
             for request in self.in_flight.iter_mut().filter(|request| request.deadline.is_none()) {
                 request.deadline = Some(now + ALTERNATE_TIMEOUT);
             }
@@ -365,7 +365,7 @@ impl LanSearch {
 
     fn report_failed(&self, peer: SocketAddr) {
         if self.is_open {
-            self.lan.discovery.failed(self.lookup, peer);
+            self.lan.discovery.report_failed(self.lookup, peer);
         }
     }
 

@@ -78,7 +78,7 @@ impl LanSource {
         let deadline = Instant::now() + SEARCH_TIMEOUT.get();
         let (lookup, updates) = self.discovery.look_up(derivation.hash_part());
         let log = self.first_log(derivation, lookup, updates, deadline);
-        self.discovery.settled(lookup, None);
+        self.discovery.settle(lookup, None);
         log
     }
 
@@ -97,7 +97,7 @@ impl LanSource {
                     Ok(LookupUpdate::Holder { peer, holder }) => {
                         // Discovery must not wait for logs, because its time budgets are for
                         // narinfos.
-                        self.discovery.failed(lookup, peer);
+                        self.discovery.report_failed(lookup, peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
                         if asked < MAX_LOG_HOLDERS && self.send_request(http, &result_sender, deadline, request) {
