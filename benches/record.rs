@@ -140,7 +140,7 @@ fn telling(table: &mut Table) {
     let path =
         StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-hello-2.12.1").expect("a store path");
     let (hash_part, peer) = (path.hash_part(), SocketAddr::from(([10, 0, 0, 1], 12304)));
-    let took = Duration::from_micros(200);
+    let elapsed = Duration::from_micros(200);
     let nanos = |tell: &dyn Fn()| {
         let mut series = Series::default();
         for _ in 0..5 {
@@ -150,9 +150,9 @@ fn telling(table: &mut Table) {
         }
         series
     };
-    let hit = nanos(&|| stats.hit(&path, Network::Lan, peer, None, took));
+    let hit = nanos(&|| stats.record_hit(&path, Network::Lan, peer, None, elapsed));
     table.alone("telling the record of a hit, ns", &hit, "");
-    let miss = nanos(&|| stats.missed(&hash_part, MissReason::Nobody { asked: 2 }, took));
+    let miss = nanos(&|| stats.record_miss(&hash_part, MissReason::Nobody { asked: 2 }, elapsed));
     table.alone("telling the record of a miss, ns", &miss, "");
 }
 

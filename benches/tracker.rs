@@ -187,13 +187,13 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
             });
         }
     });
-    let took = began.elapsed().as_secs_f64();
+    let elapsed = began.elapsed().as_secs_f64();
     let (asked, times) =
         (asked.load(Ordering::Relaxed) as f64, times.into_inner().expect("nobody panicked"));
     let what = format!("1. lookups, {peers} peers of {paths} paths");
     let is_the_goals = peers == 10_000;
     let goal = |text: &'static str| if is_the_goals { text } else { "" };
-    table.alone(&format!("{what}: a second"), &one(asked / took), goal("≥ 5,000"));
+    table.alone(&format!("{what}: a second"), &one(asked / elapsed), goal("≥ 5,000"));
     table.alone(&format!("{what}: median ms"), &one(times.median()), "");
     table.alone(&format!("{what}: p99 ms"), &one(times.percentile(99)), goal("≤ 10"));
     table.alone(

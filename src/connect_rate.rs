@@ -8,25 +8,25 @@ use std::time::{Duration, Instant};
 
 /// Average interval between two connections to one address. A connection that is not accepted costs
 /// two datagrams before it times out, so one address gets at most 10 datagrams per second.
-const TO_ONE: Duration = Duration::from_millis(200);
+const ADDRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Burst of connections to one address after a rest. It covers several nodes behind one router.
-const TO_ONE_AT_ONCE: u32 = 4;
+const ADDRESS_BURST: u32 = 4;
 /// Average interval between two connections to any of these addresses: at most 100 datagrams per
 /// second.
-const TO_ALL: Duration = Duration::from_millis(20);
+const TOTAL_INTERVAL: Duration = Duration::from_millis(20);
 /// Burst of connections to all of these addresses after a rest. It covers all peers that the
 /// trackers name for one lookup.
-const TO_ALL_AT_ONCE: u32 = 64;
+const TOTAL_BURST: u32 = 64;
 /// Number of remembered addresses; beyond it, the oldest is dropped. It is twice the number that
-/// [`TO_ALL`] admits within one second, and an address expires within 0.8 s.
-const MAX_ADDRESSES: usize = 2 * (TO_ALL_AT_ONCE as usize + 50);
+/// [`TOTAL_INTERVAL`] admits within one second, and an address expires within 0.8 s.
+const MAX_ADDRESSES: usize = 2 * (TOTAL_BURST as usize + 50);
 
 /// Rate limiter for one address and for all addresses together. Each entry is the time from which
 /// on the average rate allows the next connection.
 #[derive(Default)]
 pub struct ConnectRate {
-    all: Option<Instant>,
-    each: BoundedMap<IpAddr, Instant, MAX_ADDRESSES>,
+    total_time: Option<Instant>,
+    address_times: BoundedMap<IpAddr, Instant, MAX_ADDRESSES>,
 }
 
 /// Whether the limits of an address and of all addresses admit a connection.
@@ -44,14 +44,16 @@ impl ConnectRate {
     /// Admits a connection to `ip` at `now` and counts it, or says which limit refuses it. Does not
     /// block.
     pub fn take(&mut self, ip: IpAddr, now: Instant) -> ConnectDecision {
-        let Some(one) = next(self.each.get(&ip).copied(), TO_ONE, TO_ONE_AT_ONCE, now) else {
+        let Some(one) =
+            next(self.address_times.get(&ip).copied(), ADDRESS_INTERVAL, ADDRESS_BURST, now)
+        else {
             return ConnectDecision::NotThis;
         };
-        let Some(all) = next(self.all, TO_ALL, TO_ALL_AT_ONCE, now) else {
+        let Some(all) = next(self.total_time, TOTAL_INTERVAL, TOTAL_BURST, now) else {
             return ConnectDecision::Later;
         };
-        self.all = Some(all);
-        self.each.insert(ip, one);
+        self.total_time = Some(all);
+        self.address_times.insert(ip, one);
         ConnectDecision::Now
     }
 }

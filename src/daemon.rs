@@ -676,7 +676,7 @@ fn start_counters_thread(
     let (running, stopped) = bounded::<()>(0);
     let (end, ended) = bounded::<()>(0);
     let Some(dir) = &config.state_dir else { return Ok(CountersThread { running, ended }) };
-    stats.keep_in(dir, SystemTime::now());
+    stats.load_earlier(dir, SystemTime::now());
     saved_paces::load(paces, dir);
     let (stats, paces, dir) = (stats.clone(), paces.clone(), dir.clone());
     let save = move || {
@@ -724,7 +724,7 @@ fn wait(
                 return Err(FatalError("nobody is left to wake the daemon".into()));
             }
             Err(RecvTimeoutError::Timeout) => {
-                stats.tick(SystemTime::now());
+                stats.update_hours(SystemTime::now());
                 if watchdog.is_some() {
                     let turn = discovery.request_turn();
                     if turn != last_turn {

@@ -196,7 +196,7 @@ impl<'a> Download<'a> {
             }
         };
         if let Some(source) = reader.current() {
-            downloader.stats.first_byte(source.network(), asked.elapsed());
+            downloader.stats.record_first_byte(source.network(), asked.elapsed());
         }
         Some(StartedDownload { downloader, reader, spool_writer, hash, incoming, first })
     }

@@ -17,7 +17,7 @@ const PREFIX: &str = "peerix-identity:";
 /// Number of hexadecimal digits at the end of a temporary file's name.
 const SUFFIX_LEN: usize = 16;
 /// Maximum size that is read, in bytes; a longer file counts as damaged. The line has 61 bytes.
-const MAX_FILE: u64 = 256;
+const MAX_FILE_BYTES: u64 = 256;
 
 /// Loads the key pair from `state_dir`, or creates it if the file is missing. Blocks on the disk.
 ///
@@ -95,7 +95,7 @@ fn read(path: &Path) -> io::Result<Result<[u8; Identity::SEED_LEN], String>> {
         log::warn!("identity {}: others may read it; chmod 600 it", path.display());
     }
     let mut text = String::new();
-    file.take(MAX_FILE).read_to_string(&mut text)?;
+    file.take(MAX_FILE_BYTES).read_to_string(&mut text)?;
     let seed = text
         .trim_end()
         .strip_prefix(PREFIX)

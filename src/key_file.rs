@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// Maximum size of a key file, in bytes; a larger file is an error. One key takes 200 bytes, a long
 /// list of keys a few thousand.
-const MAX_KEY_FILE: u64 = 4096;
+const MAX_KEY_FILE_BYTES: u64 = 4096;
 
 /// Reads a key file as text. Does not wait for a pipe or a device.
 ///
@@ -16,7 +16,7 @@ const MAX_KEY_FILE: u64 = 4096;
 /// The system's error; the file is not regular or larger than 4,096 bytes; or it is not UTF-8.
 pub fn read(path: &Path) -> io::Result<String> {
     let is_refused = |e: &io::Error| e.kind() == io::ErrorKind::Other;
-    let bytes = read_bytes(path, MAX_KEY_FILE)
+    let bytes = read_bytes(path, MAX_KEY_FILE_BYTES)
         .map_err(|e| if is_refused(&e) { io::Error::other("not a key file") } else { e })?;
     String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }

@@ -28,8 +28,9 @@ mod tests {
 
     #[test]
     fn throttle_permits_one_message_per_ten_seconds() {
-        let (seldom, start) = (LogThrottle::default(), Instant::now());
-        let said = (0..100).filter(|s| seldom.allow(start + Duration::from_secs(*s))).count();
-        assert_eq!(said, 10);
+        let (log_throttle, start) = (LogThrottle::default(), Instant::now());
+        let allowed =
+            (0..100).filter(|s| log_throttle.allow(start + Duration::from_secs(*s))).count();
+        assert_eq!(allowed, 10);
     }
 }

@@ -349,14 +349,14 @@ impl LookupService {
         let began = Instant::now();
         let mut search = self.search(hash_part);
         let Some(FoundNarinfo { source, narinfo, peer_id }) = self.next_offer(&mut search) else {
-            let (took, why) = (began.elapsed(), search.miss_reason());
-            log::debug!("{hash_part}: no peer has it ({took:?})");
-            self.stats.missed(hash_part, why, took);
+            let (elapsed, why) = (began.elapsed(), search.miss_reason());
+            log::debug!("{hash_part}: no peer has it ({elapsed:?})");
+            self.stats.record_miss(hash_part, why, elapsed);
             return None;
         };
         let now = Instant::now();
         log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, now - began);
-        self.stats.hit(
+        self.stats.record_hit(
             &narinfo.info.path,
             source.network(),
             source.peer,

@@ -24,45 +24,45 @@ use std::time::{Duration, Instant};
 const LIFETIME_SECONDS: u32 = 600;
 
 /// Longest interval between renewals. Half of the granted lifetime applies if that is shorter.
-const RENEWAL: Interval = Interval::from_secs(300);
+const RENEWAL_INTERVAL: Interval = Interval::from_secs(300);
 
 /// Shortest interval between renewals, whatever lifetime the router grants and however often it
 /// seems to announce a restart. Only a change of the network renews sooner.
 const MIN_RENEWAL_INTERVAL: Interval = Interval::from_secs(10);
 
 /// Interval between attempts while the router grants nothing.
-const RETRY: Interval = Interval::from_secs(120);
+const RETRY_INTERVAL: Interval = Interval::from_secs(120);
 
-/// Wait for the first answer. It doubles with each of the [`TRIES`], so a silent router costs 3.75
-/// s per exchange.
-const FIRST_WAIT: Timeout = Timeout::from_millis(250);
+/// Wait for the first answer. It doubles with each of the [`MAX_TRIES`], so a silent router costs
+/// 3.75 s per exchange.
+const FIRST_ANSWER_TIMEOUT: Timeout = Timeout::from_millis(250);
 /// Largest number of requests in one exchange.
-const TRIES: u32 = 4;
+const MAX_TRIES: u32 = 4;
 
 /// Longest wait for the router's answer when a mapping is released.
-const LAST_WAIT: Duration = Duration::from_millis(300);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// Interval at which a wait for the router checks for the end of the daemon.
-const STOP_CHECK: Duration = Duration::from_millis(100);
+const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Interval at which the thread checks for a network change, news of the router, and the end of the
 /// daemon.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// UDP port at which routers announce that they lost their mappings (RFC 6886, section 3.2.1, and
 /// RFC 6887, section 14.1).
-const NEWS_PORT: u16 = 5350;
+const ANNOUNCEMENT_PORT: u16 = 5350;
 
 /// Largest number of announcements that are read at once. Further ones are read at the next
 /// renewal.
-const MAX_NEWS: usize = 256;
+const MAX_ANNOUNCEMENTS: usize = 256;
 
 /// Largest answer, in bytes (RFC 6887, section 7).
-const MAX_DATAGRAM: usize = 1100;
+const MAX_DATAGRAM_BYTES: usize = 1100;
 
 /// File in the state directory with the hardware address of the gateway at which ports may be
 /// mapped.
-const FILE: &str = "gateway";
+const GATEWAY_FILE: &str = "gateway";
 
 /// Current state of the mapping.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -98,16 +98,18 @@ impl PortMapper {
         let (running, stopped) = bounded(0);
         let mut nonce = [0; 12];
         SystemRandom::new().fill(&mut nonce).map_err(|_| io::Error::other("no random numbers"))?;
-        let keeper = MappingThread {
+        let mapping_thread = MappingThread {
             port,
             nonce,
             state_dir,
             networks,
             current: current.clone(),
             stopped,
-            was_said: None,
+            last_problem: None,
         };
-        let thread = thread::Builder::new().name("gateway".into()).spawn(move || keeper.run())?;
+        let thread = thread::Builder::new()
+            .name("port-mapper".into())
+            .spawn(move || mapping_thread.run())?;
         Ok(PortMapper { current, running: Some(running), thread: Some(thread) })
     }
 
@@ -134,7 +136,7 @@ struct MappingThread {
     current: Arc<Mutex<Mapping>>,
     stopped: Receiver<()>,
     /// The last problem that was logged.
-    was_said: Option<String>,
+    last_problem: Option<String>,
 }
 
 /// A mapping that a router granted, and how it was requested.
@@ -147,21 +149,22 @@ struct KnownRouter {
 
 impl MappingThread {
     fn run(mut self) {
-        let news = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, NEWS_PORT)).ok();
-        let news = news.filter(|news| news.set_nonblocking(true).is_ok());
-        let mut held: Vec<KnownRouter> = Vec::new();
+        let announcements = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, ANNOUNCEMENT_PORT)).ok();
+        let announcements =
+            announcements.filter(|announcements| announcements.set_nonblocking(true).is_ok());
+        let mut mappings: Vec<KnownRouter> = Vec::new();
         loop {
             let seen = self.networks.current();
-            let pause = self.renew(&mut held);
+            let pause = self.renew(&mut mappings);
             let schedule = RenewalSchedule::new(pause, Instant::now());
             loop {
                 let left = schedule.deadline.saturating_duration_since(Instant::now());
-                if is_stopped(&self.stopped, left.min(LOOK)) {
-                    return self.give_up(&held);
+                if wait_for_stop(&self.stopped, left.min(POLL_INTERVAL)) {
+                    return self.give_up(&mappings);
                 }
-                let is_news = || is_router_new(news.as_ref(), &held);
+                let has_restarted = || has_router_restarted(announcements.as_ref(), &mappings);
                 if !Arc::ptr_eq(&seen, &self.networks.current())
-                    || schedule.is_due(Instant::now(), is_news)
+                    || schedule.is_due(Instant::now(), has_restarted)
                 {
                     break;
                 }
@@ -170,35 +173,37 @@ impl MappingThread {
     }
 
     /// Requests all mappings again and returns the time until the next renewal. Returns soon if the
-    /// thread has to end; `held` then has what is to be released.
-    fn renew(&mut self, held: &mut Vec<KnownRouter>) -> Duration {
-        let before = std::mem::take(held);
+    /// thread has to end; `mappings` then has what is to be released.
+    fn renew(&mut self, mappings: &mut Vec<KnownRouter>) -> Duration {
+        let before = std::mem::take(mappings);
         let mut mapping = Mapping::default();
         match self.map_v4(&before) {
             Ok((outside, one)) => {
                 mapping.outside = Some(outside);
-                held.push(one);
+                mappings.push(one);
             }
             Err(why) => mapping.problem = Some(why),
         }
         if let Some(one) = self.pinhole(&before) {
             let ip = one.client;
             mapping.pinhole = Some(SocketAddr::new(ip, one.mapped.external_port));
-            held.push(one);
+            mappings.push(one);
         }
-        if is_stopped(&self.stopped, Duration::ZERO) {
-            let is_new = |one: &KnownRouter| held.iter().all(|new| new.router != one.router);
+        if wait_for_stop(&self.stopped, Duration::ZERO) {
+            let is_new = |one: &KnownRouter| mappings.iter().all(|new| new.router != one.router);
             let others: Vec<_> = before.into_iter().filter(is_new).collect();
-            held.extend(others);
+            mappings.extend(others);
             return Duration::ZERO;
         }
-        self.tell(mapping);
-        let shortest = held.iter().map(|one| one.mapped.lifetime / 2).min();
+        self.publish(mapping);
+        let shortest = mappings.iter().map(|one| one.mapped.lifetime / 2).min();
         let half = shortest.map(|seconds| Duration::from_secs(seconds.into()));
-        half.map_or(RETRY.get(), |half| RENEWAL.get().min(half).max(MIN_RENEWAL_INTERVAL.get()))
+        half.map_or(RETRY_INTERVAL.get(), |half| {
+            RENEWAL_INTERVAL.get().min(half).max(MIN_RENEWAL_INTERVAL.get())
+        })
     }
 
-    fn tell(&mut self, mapping: Mapping) {
+    fn publish(&mut self, mapping: Mapping) {
         let before = std::mem::replace(&mut *self.current.lock(), mapping.clone());
         if before.outside != mapping.outside || before.pinhole != mapping.pinhole {
             mapping
@@ -212,9 +217,9 @@ impl MappingThread {
         }
         // Each problem is logged once, and none while the router admits IPv6 connections.
         let problem = mapping.problem.filter(|_| mapping.pinhole.is_none());
-        if problem != self.was_said {
+        if problem != self.last_problem {
             problem.iter().for_each(|problem| log::warn!("port mapping: {problem}"));
-            self.was_said = problem;
+            self.last_problem = problem;
         }
     }
 
@@ -236,10 +241,10 @@ impl MappingThread {
             .map_or(0, |one| one.mapped.external_port);
         let wanted = self.wanted(client, last);
         let (answer, is_pcp) =
-            match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, TRIES) {
+            match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, MAX_TRIES) {
                 Some(MappingResponse::UnknownVersion) | None => {
                     let request = port_mapping::nat_pmp_request(&wanted);
-                    (self.exchange(&socket, &request, &wanted, TRIES), false)
+                    (self.exchange(&socket, &request, &wanted, MAX_TRIES), false)
                 }
                 answer => (answer, true),
             };
@@ -257,19 +262,19 @@ impl MappingThread {
         };
         let ip = match mapped.external_ip {
             Some(ip) => ip,
-            None => match self.exchange(&socket, &address_request, &wanted, TRIES) {
+            None => match self.exchange(&socket, &address_request, &wanted, MAX_TRIES) {
                 Some(MappingResponse::Address(ip)) => ip.into(),
                 _ => return Err(format!("router {gateway} does not say its address outside")),
             },
         };
-        let held = KnownRouter { router, client, is_pcp, mapped };
+        let router_mapping = KnownRouter { router, client, is_pcp, mapped };
         if !is_public(ip) {
-            self.release(&held);
+            self.release(&router_mapping);
             return Err(format!(
                 "the address outside of router {gateway} is {ip}, which is private: there is another router"
             ));
         }
-        Ok((SocketAddr::new(ip, mapped.external_port), held))
+        Ok((SocketAddr::new(ip, mapped.external_port), router_mapping))
     }
 
     /// Asks the router to admit connections to this machine's global IPv6 address, if there is one.
@@ -291,7 +296,7 @@ impl MappingThread {
             .find(|one| one.router == to)
             .map_or(self.port, |one| one.mapped.external_port);
         let wanted = self.wanted(client.into(), last);
-        match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, TRIES) {
+        match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, MAX_TRIES) {
             Some(MappingResponse::Mapped(mapped)) => {
                 Some(KnownRouter { router: to, client: client.into(), is_pcp: true, mapped })
             }
@@ -310,7 +315,7 @@ impl MappingThread {
         let mac =
             hardware_address(gateway).ok_or_else(|| format!("router {gateway} does not answer"))?;
         let Some(dir) = &self.state_dir else { return Err("--map-port needs --state-dir".into()) };
-        let file = dir.join(FILE);
+        let file = dir.join(GATEWAY_FILE);
         match read_gateway(&file) {
             Ok(known) if known == mac => Ok(()),
             Ok(known) => Err(format!(
@@ -345,22 +350,22 @@ impl MappingThread {
         }
     }
 
-    fn give_up(&self, held: &[KnownRouter]) {
-        held.iter().for_each(|one| self.release(one));
+    fn give_up(&self, mappings: &[KnownRouter]) {
+        mappings.iter().for_each(|one| self.release(one));
         *self.current.lock() = Mapping::default();
     }
 
-    fn release(&self, held: &KnownRouter) {
-        let wanted = MappingRequest { lifetime: 0, ..self.wanted(held.client, 0) };
-        let request = if held.is_pcp {
+    fn release(&self, router_mapping: &KnownRouter) {
+        let wanted = MappingRequest { lifetime: 0, ..self.wanted(router_mapping.client, 0) };
+        let request = if router_mapping.is_pcp {
             port_mapping::pcp_request(&wanted)
         } else {
             port_mapping::nat_pmp_request(&wanted)
         };
-        let Ok(socket) = UdpSocket::bind((held.client, 0)) else { return };
-        if socket.connect(held.router).is_ok() && socket.send(&request).is_ok() {
-            let _ = socket.set_read_timeout(Some(LAST_WAIT));
-            let _ = socket.recv(&mut [0; MAX_DATAGRAM]);
+        let Ok(socket) = UdpSocket::bind((router_mapping.client, 0)) else { return };
+        if socket.connect(router_mapping.router).is_ok() && socket.send(&request).is_ok() {
+            let _ = socket.set_read_timeout(Some(RELEASE_TIMEOUT));
+            let _ = socket.recv(&mut [0; MAX_DATAGRAM_BYTES]);
         }
     }
 }
@@ -368,31 +373,31 @@ impl MappingThread {
 /// Times of the next renewal.
 struct RenewalSchedule {
     /// Soonest time, which applies to announcements of a router.
-    soonest: Instant,
+    earliest: Instant,
     deadline: Instant,
 }
 
 impl RenewalSchedule {
     /// Creates the schedule of a renewal that is due in `pause`.
     fn new(pause: Duration, now: Instant) -> Self {
-        RenewalSchedule { soonest: now + MIN_RENEWAL_INTERVAL.get(), deadline: now + pause }
+        RenewalSchedule { earliest: now + MIN_RENEWAL_INTERVAL.get(), deadline: now + pause }
     }
 
-    /// Returns true if mappings are to be requested at `now`. `is_news` tells whether a router has
-    /// announced a restart; it is called only when that may matter.
-    fn is_due(&self, now: Instant, is_news: impl FnOnce() -> bool) -> bool {
-        now >= self.deadline || now >= self.soonest && is_news()
+    /// Returns true if mappings are to be requested at `now`. `has_restarted` tells whether a
+    /// router has announced a restart; it is called only when that may matter.
+    fn is_due(&self, now: Instant, has_restarted: impl FnOnce() -> bool) -> bool {
+        now >= self.deadline || now >= self.earliest && has_restarted()
     }
 }
 
 /// Waits for `time`. Returns true at once if the thread has to end.
-fn is_stopped(stopped: &Receiver<()>, time: Duration) -> bool {
+fn wait_for_stop(stopped: &Receiver<()>, time: Duration) -> bool {
     stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
 }
 
 /// Sends a request up to `tries` times until a valid answer arrives. The socket is connected, so
 /// only the router's datagrams are received. Blocks for up to 3.75 s with four tries, and at most
-/// [`STOP_CHECK`] after `stopped` is disconnected.
+/// [`STOP_CHECK_INTERVAL`] after `stopped` is disconnected.
 fn exchange(
     socket: &UdpSocket,
     request: &[u8],
@@ -400,7 +405,7 @@ fn exchange(
     tries: u32,
     stopped: &Receiver<()>,
 ) -> Option<MappingResponse> {
-    let mut wait = FIRST_WAIT.get();
+    let mut wait = FIRST_ANSWER_TIMEOUT.get();
     for _ in 0..tries {
         // Sending fails if an ICMP error for an earlier datagram is pending; the next try repeats
         // it.
@@ -409,11 +414,11 @@ fn exchange(
         while let Some(left) =
             deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
         {
-            if is_stopped(stopped, Duration::ZERO) {
+            if wait_for_stop(stopped, Duration::ZERO) {
                 return None;
             }
-            socket.set_read_timeout(Some(left.min(STOP_CHECK))).ok()?;
-            let mut datagram = [0; MAX_DATAGRAM];
+            socket.set_read_timeout(Some(left.min(STOP_CHECK_INTERVAL))).ok()?;
+            let mut datagram = [0; MAX_DATAGRAM_BYTES];
             match socket.recv(&mut datagram) {
                 Ok(len) => {
                     if let Ok(answer) = port_mapping::parse(&datagram[..len], wanted) {
@@ -421,7 +426,7 @@ fn exchange(
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                    is_stopped(stopped, left);
+                    wait_for_stop(stopped, left);
                 }
                 Err(e)
                     if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
@@ -435,11 +440,11 @@ fn exchange(
 
 /// Returns true if a router that holds a mapping has sent an announcement, which means that it lost
 /// all mappings. Reads all announcements that have arrived. Does not block.
-fn is_router_new(news: Option<&UdpSocket>, held: &[KnownRouter]) -> bool {
-    let mut datagram = [0; MAX_DATAGRAM];
-    let receive = || Some(news?.recv_from(&mut datagram).ok()?.1.ip());
-    let senders = std::iter::from_fn(receive).take(MAX_NEWS);
-    senders.filter(|ip| held.iter().any(|one| one.router.ip() == *ip)).count() > 0
+fn has_router_restarted(announcements: Option<&UdpSocket>, mappings: &[KnownRouter]) -> bool {
+    let mut datagram = [0; MAX_DATAGRAM_BYTES];
+    let receive = || Some(announcements?.recv_from(&mut datagram).ok()?.1.ip());
+    let senders = std::iter::from_fn(receive).take(MAX_ANNOUNCEMENTS);
+    senders.filter(|ip| mappings.iter().any(|one| one.router.ip() == *ip)).count() > 0
 }
 
 /// Returns true if the address is public: it is not private, shared (100.64.0.0/10), link-local,
@@ -625,20 +630,23 @@ mod tests {
     #[test]
     fn announcements_of_router_renew_once_in_least_interval() {
         let now = Instant::now();
-        let schedule = RenewalSchedule::new(RENEWAL.get(), now);
-        let soonest = now + MIN_RENEWAL_INTERVAL.get();
-        assert!(!schedule.is_due(soonest - Duration::from_millis(1), || true));
-        assert!(schedule.is_due(soonest, || true) && !schedule.is_due(soonest, || false));
-        assert!(schedule.is_due(now + RENEWAL.get(), || false));
+        let schedule = RenewalSchedule::new(RENEWAL_INTERVAL.get(), now);
+        let earliest = now + MIN_RENEWAL_INTERVAL.get();
+        assert!(!schedule.is_due(earliest - Duration::from_millis(1), || true));
+        assert!(schedule.is_due(earliest, || true) && !schedule.is_due(earliest, || false));
+        assert!(schedule.is_due(now + RENEWAL_INTERVAL.get(), || false));
 
-        let news = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let announcements = UdpSocket::bind("127.0.0.1:0").unwrap();
         let router = UdpSocket::bind("127.0.0.1:0").unwrap();
-        router.connect(news.local_addr().unwrap()).unwrap();
+        router.connect(announcements.local_addr().unwrap()).unwrap();
         (0..9).for_each(|_| assert_eq!(router.send(b"news").unwrap(), 4));
-        news.set_nonblocking(true).unwrap();
+        announcements.set_nonblocking(true).unwrap();
         let mapped = MappingGrant { external_ip: None, external_port: 1, lifetime: 600, epoch: 0 };
         let (router, client) = (router.local_addr().unwrap(), wanted().client);
-        let held = [KnownRouter { router, client, is_pcp: true, mapped }];
-        assert!(is_router_new(Some(&news), &held) && !is_router_new(Some(&news), &held));
+        let mappings = [KnownRouter { router, client, is_pcp: true, mapped }];
+        assert!(
+            has_router_restarted(Some(&announcements), &mappings)
+                && !has_router_restarted(Some(&announcements), &mappings)
+        );
     }
 }

@@ -17,10 +17,10 @@ use std::{io, thread};
 /// Interval between checks whether the store has changed. A check takes 10 µs.
 const CHECK_INTERVAL: Interval = Interval::from_secs(5);
 /// Number of paths that are read at once.
-const BATCH: usize = 256;
+const MAX_ROWS: usize = 256;
 /// Limit of the removed paths, in percent of the paths in the filter. Beyond, the filter is
 /// rebuilt: it still contains removed paths, and peers ask for them in vain.
-const GONE_PERCENT: u64 = 10;
+const MAX_REMOVED_PERCENT: u64 = 10;
 /// Limit of the bits per path, in tenths of those that the filter was made with. Below, after the
 /// number of paths has grown by a quarter, the filter is rebuilt.
 const MIN_SIZE_TENTHS: u64 = 8;
@@ -29,13 +29,13 @@ const MIN_SIZE_TENTHS: u64 = 8;
 const MIN_SIZE_TENTHS_EVER: u64 = 95;
 /// Maximum number of paths that wait for the upstream cache to tell whether it has them. Beyond,
 /// those that would be asked about last are not published.
-const MAX_OPEN: usize = 16 * 1024;
+const MAX_UNDECIDED: usize = 16 * 1024;
 /// Pause between two requests to the upstream cache, so that they cause no more load than a user's
 /// updates.
-const PAUSE: Duration = Duration::from_millis(20);
+const REQUEST_PAUSE: Duration = Duration::from_millis(20);
 /// Time for which the first filter waits for the upstream cache's answers. Without a filter, peers
 /// ask this node by HTTP.
-const FIRST_FILTER: Duration = Duration::from_secs(20);
+const FIRST_FILTER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Maximum time that dropping the [`Publisher`] waits for the thread. A thread that waits for the
 /// upstream cache is left running.
@@ -83,9 +83,9 @@ struct PublishedState {
     /// Number of paths in the filter.
     paths: u64,
     /// Number of paths that have been removed from the store since the filter was made.
-    gone: u64,
+    removed: u64,
     /// Paths of which only the upstream cache can tell whether they are shared, and when to ask it.
-    open: BTreeSet<(Instant, HashPart)>,
+    undecided: BTreeSet<(Instant, HashPart)>,
     /// Bits per path with which the filter was made.
     bits_per_path: u64,
     census: StoreVersion,
@@ -96,7 +96,7 @@ struct PublishedState {
 struct SharedRows {
     count: u64,
     shared: Vec<HashPart>,
-    open: BTreeSet<(Instant, HashPart)>,
+    undecided: BTreeSet<(Instant, HashPart)>,
 }
 
 struct RowReader {
@@ -109,19 +109,19 @@ struct RowReader {
 impl RowReader {
     fn run(&self, publication: &Publication) {
         let (mut shared, mut changed) = (None, false);
-        let first_filter = Instant::now() + FIRST_FILTER;
+        let first_filter_deadline = Instant::now() + FIRST_FILTER_TIMEOUT;
         let mut pause = Duration::ZERO;
-        while !self.wait_or_stopped(pause) {
+        while !self.wait_for_stop(pause) {
             pause = CHECK_INTERVAL.get();
             match self.update(&mut shared, publication.bits_per_path()) {
-                Ok(anything) => changed |= anything,
+                Ok(has_changed) => changed |= has_changed,
                 Err(e) => log::warn!("what would be shared with strangers cannot be told: {e}"),
             }
             let Some(shared) = &mut shared else { continue };
             changed |= self.verify_pending(shared);
             let now = Instant::now();
-            let is_asked = shared.open.first().is_none_or(|(at, _)| *at > now);
-            if changed && (is_asked || now > first_filter) {
+            let is_decided = shared.undecided.first().is_none_or(|(at, _)| *at > now);
+            if changed && (is_decided || now > first_filter_deadline) {
                 log::debug!("{} paths would be shared with strangers", shared.paths);
                 publication.set(shared.filter.clone());
                 changed = false;
@@ -130,7 +130,7 @@ impl RowReader {
     }
 
     /// Waits for `time`. Returns true at once if the thread has to end.
-    fn wait_or_stopped(&self, time: Duration) -> bool {
+    fn wait_for_stop(&self, time: Duration) -> bool {
         self.stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
     }
 
@@ -143,19 +143,19 @@ impl RowReader {
     ) -> Result<bool, StoreError> {
         let census = self.store.census()?;
         let Some(last) = shared else {
-            let Some(SharedRows { shared: paths, open, .. }) = self.read(0)? else {
+            let Some(SharedRows { shared: paths, undecided, .. }) = self.read(0)? else {
                 return Ok(false);
             };
             let mut filter =
-                BloomFilter::with_bits((paths.len() + open.len()) as u64, bits_per_path);
+                BloomFilter::with_bits((paths.len() + undecided.len()) as u64, bits_per_path);
             paths.iter().for_each(|hash_part| {
                 filter.insert(hash_part);
             });
             *shared = Some(PublishedState {
                 filter,
                 paths: paths.len() as u64,
-                gone: 0,
-                open,
+                removed: 0,
+                undecided,
                 bits_per_path,
                 census,
             });
@@ -169,23 +169,24 @@ impl RowReader {
         if last.census.version == census.version {
             return Ok(false);
         }
-        let Some(SharedRows { count, shared: paths, open }) = self.read(last.census.last_id)?
+        let Some(SharedRows { count, shared: paths, undecided }) =
+            self.read(last.census.last_id)?
         else {
             return Ok(false);
         };
         let changed =
             paths.iter().fold(false, |changed, hash_part| changed | last.filter.insert(hash_part));
         last.paths += paths.len() as u64;
-        last.gone += (last.census.count + count).saturating_sub(census.count);
-        last.open.extend(open);
-        while last.open.len() > MAX_OPEN {
-            last.open.pop_last();
+        last.removed += (last.census.count + count).saturating_sub(census.count);
+        last.undecided.extend(undecided);
+        while last.undecided.len() > MAX_UNDECIDED {
+            last.undecided.pop_last();
         }
         last.census = census;
         let needed =
             last.paths * (last.bits_per_path * MIN_SIZE_TENTHS).max(MIN_SIZE_TENTHS_EVER) / 10;
         let is_full = last.filter.len_bits() < needed.min(8 * MAX_BYTES as u64);
-        if is_full || last.gone * 100 > last.paths * GONE_PERCENT && last.gone > 0 {
+        if is_full || last.removed * 100 > last.paths * MAX_REMOVED_PERCENT && last.removed > 0 {
             *shared = None;
             return self.update(shared, bits_per_path);
         }
@@ -197,23 +198,23 @@ impl RowReader {
         let (mut rows, mut last_id) = (SharedRows::default(), row_id);
         loop {
             let began = Instant::now();
-            let batch = self.store.paths_after(last_id, BATCH)?;
+            let batch = self.store.paths_after(last_id, MAX_ROWS)?;
             let Some((id, _)) = batch.last() else { return Ok(Some(rows)) };
             last_id = *id;
             rows.count += batch.len() as u64;
             for (_, info) in &batch {
                 if self.access.allows_now(Scope::Wan, info) {
                     rows.shared.push(info.path.hash_part());
-                } else if let Some(at) = self.access.ask_upstream_at(info) {
-                    rows.open.insert((at, info.path.hash_part()));
-                    if rows.open.len() > MAX_OPEN {
-                        rows.open.pop_last();
+                } else if let Some(at) = self.access.next_upstream_request(info) {
+                    rows.undecided.insert((at, info.path.hash_part()));
+                    if rows.undecided.len() > MAX_UNDECIDED {
+                        rows.undecided.pop_last();
                     }
                 }
             }
             // Pauses as long as it worked, to leave half of the processor time to others: checking
             // a signature takes 0.1 ms, and a store may have 100,000 paths.
-            if self.wait_or_stopped(began.elapsed()) {
+            if self.wait_for_stop(began.elapsed()) {
                 return Ok(None);
             }
         }
@@ -224,7 +225,7 @@ impl RowReader {
     fn verify_pending(&self, shared: &mut PublishedState) -> bool {
         let (mut changed, deadline) = (false, Instant::now() + CHECK_INTERVAL.get());
         while let Some(question) =
-            shared.open.first().copied().filter(|(at, _)| *at <= Instant::now())
+            shared.undecided.first().copied().filter(|(at, _)| *at <= Instant::now())
         {
             let hash_part = question.1;
             match self.store.path_info(&hash_part) {
@@ -234,7 +235,7 @@ impl RowReader {
                 }
                 // The upstream cache lacks the path, or does not answer now.
                 Ok(Some(info)) => {
-                    shared.open.extend(self.access.ask_upstream_at(&info).map(|at| {
+                    shared.undecided.extend(self.access.next_upstream_request(&info).map(|at| {
                         // An immediate retry would fail again.
                         (at.max(Instant::now() + CHECK_INTERVAL.get()), hash_part)
                     }))
@@ -246,8 +247,8 @@ impl RowReader {
                     break;
                 }
             }
-            shared.open.remove(&question);
-            if Instant::now() > deadline || self.wait_or_stopped(PAUSE) {
+            shared.undecided.remove(&question);
+            if Instant::now() > deadline || self.wait_for_stop(REQUEST_PAUSE) {
                 break;
             }
         }
@@ -309,7 +310,7 @@ mod tests {
     #[test]
     fn paths_read_until_the_thread_has_to_end_are_not_published() {
         let fixture = Fixture::new();
-        register(&fixture, 0..2 * BATCH as u32);
+        register(&fixture, 0..2 * MAX_ROWS as u32);
         let (reader, running) = reader(&fixture, &unverified());
         drop(running);
         let mut shared = None;
@@ -330,11 +331,11 @@ mod tests {
         fixture.execute("delete from ValidPaths where id <= 100");
         reader.update(&mut shared, 16).unwrap();
         let last = shared.as_ref().unwrap();
-        assert_eq!((last.gone, last.paths), (100, 2000), "a few stay in it");
+        assert_eq!((last.removed, last.paths), (100, 2000), "a few stay in it");
         fixture.execute("delete from ValidPaths where id <= 1500");
         reader.update(&mut shared, 16).unwrap();
         let last = shared.as_ref().unwrap();
-        assert_eq!((last.gone, last.paths), (0, 500));
+        assert_eq!((last.removed, last.paths), (0, 500));
         assert!((0..1500).filter(|i| last.filter.contains(&part(*i))).count() < 30);
     }
 
@@ -348,7 +349,7 @@ mod tests {
         let mut shared = None;
         reader.update(&mut shared, 16).unwrap();
         let last = shared.as_ref().unwrap();
-        assert_eq!((last.paths, last.open.len()), (0, 0));
+        assert_eq!((last.paths, last.undecided.len()), (0, 0));
         let config = Config { filter_patterns: vec![format!("{}-*", digits(7))], ..unverified() };
         let (reader, _running) = self::reader(&fixture, &config);
         let mut shared = None;
@@ -366,20 +367,23 @@ mod tests {
         let mut shared = None;
         reader.update(&mut shared, 16).unwrap();
         let last = shared.as_mut().unwrap();
-        assert_eq!(last.open.len(), 20);
-        let before = last.open.clone();
+        assert_eq!(last.undecided.len(), 20);
+        let before = last.undecided.clone();
         assert!(!reader.verify_pending(last));
-        assert_eq!((last.paths, last.open.len()), (0, 20), "nobody is there");
-        assert!(last.open.iter().all(|(at, _)| *at > Instant::now()), "and is asked again at once");
+        assert_eq!((last.paths, last.undecided.len()), (0, 20), "nobody is there");
+        assert!(
+            last.undecided.iter().all(|(at, _)| *at > Instant::now()),
+            "and is asked again at once"
+        );
         // A removed path leaves the queue. An unreadable store keeps the path in it.
         fixture.execute("delete from ValidPaths where id <= 5");
-        last.open = before.clone();
+        last.undecided = before.clone();
         reader.verify_pending(last);
-        assert_eq!(last.open.len(), 15);
-        last.open = before;
+        assert_eq!(last.undecided.len(), 15);
+        last.undecided = before;
         fixture.execute("alter table ValidPaths rename to Elsewhere");
         reader.verify_pending(last);
-        assert_eq!(last.open.len(), 20);
+        assert_eq!(last.undecided.len(), 20);
     }
 
     #[test]

@@ -14,15 +14,15 @@ use std::time::{Duration, Instant};
 /// Largest number of cached names. When it is reached, the oldest result is dropped.
 const MAX_NAMES: usize = 1024;
 /// Lifetime of a cached address: home connections change theirs daily.
-const REMEMBERED: Duration = Duration::from_secs(300);
+const ADDRESS_TTL: Duration = Duration::from_secs(300);
 /// Lifetime of a failed lookup, after which the name is resolved again.
-const FAILED_FOR: Duration = Duration::from_secs(30);
+const FAILURE_TTL: Duration = Duration::from_secs(30);
 /// Largest number of concurrent lookups; further names wait for their turn. A hanging name server
 /// blocks each for about 10 to 30 s.
-const MAX_ASKED: usize = 32;
+const MAX_LOOKUPS: usize = 32;
 /// Largest number of concurrent lookups for one list of names, so that hosts whose name servers
 /// hang leave room for other lists.
-const MAX_ASKED_BY_ONE: usize = 8;
+const MAX_LOOKUPS_PER_CALL: usize = 8;
 
 /// Finds the addresses of a host name. Blocks for as long as a name server takes.
 type NameLookup = dyn Fn(&str) -> Vec<IpAddr> + Send + Sync;
@@ -52,16 +52,16 @@ pub fn parse_address(addr: &str) -> Option<IpAddr> {
 
 #[derive(Default)]
 struct NameTable {
-    known: BoundedMap<String, (Option<IpAddr>, Instant), MAX_NAMES>,
-    asked: HashSet<String>,
+    cached: BoundedMap<String, (Option<IpAddr>, Instant), MAX_NAMES>,
+    in_flight: HashSet<String>,
 }
 
 impl NameTable {
     /// Cached result of a name. The outer `None` means unknown, the inner one that the name has no
     /// address.
     fn get(&self, name: &str, now: Instant) -> Option<Option<IpAddr>> {
-        let (address, at) = self.known.get(name)?;
-        let lasts = if address.is_some() { REMEMBERED } else { FAILED_FOR };
+        let (address, at) = self.cached.get(name)?;
+        let lasts = if address.is_some() { ADDRESS_TTL } else { FAILURE_TTL };
         (now.saturating_duration_since(*at) < lasts).then_some(*address)
     }
 }
@@ -108,14 +108,14 @@ impl NameResolver {
                 }
                 None => true,
             });
-            asked.retain(|name| table.asked.contains(*name));
+            asked.retain(|name| table.in_flight.contains(*name));
             for name in unknown.iter().map(|at| names[*at]) {
-                if table.asked.len() >= MAX_ASKED || asked.len() >= MAX_ASKED_BY_ONE {
+                if table.in_flight.len() >= MAX_LOOKUPS || asked.len() >= MAX_LOOKUPS_PER_CALL {
                     break;
                 }
                 // Without a thread, the next call tries again.
-                if !table.asked.contains(name) && self.ask(name.to_owned()) {
-                    table.asked.insert(name.to_owned());
+                if !table.in_flight.contains(name) && self.ask(name.to_owned()) {
+                    table.in_flight.insert(name.to_owned());
                     asked.push(name);
                 }
             }
@@ -123,7 +123,7 @@ impl NameResolver {
                 drop(table);
                 known.into_iter().for_each(|(at, address)| found(at, address));
                 table = self.table.lock();
-            } else if unknown.is_empty() || table.asked.is_empty() || now >= deadline {
+            } else if unknown.is_empty() || table.in_flight.is_empty() || now >= deadline {
                 return;
             } else {
                 table = self.changed.wait_timeout(table, deadline - now);
@@ -137,15 +137,15 @@ impl NameResolver {
         let names = self.clone();
         let spawned = thread::Builder::new().name("names".into()).spawn(move || {
             let address = (names.look_up)(&name).into_iter().find(|ip| can_be_peer(*ip));
-            names.learn(&name, address.map(|ip| ip.to_canonical()));
+            names.record_result(&name, address.map(|ip| ip.to_canonical()));
         });
         spawned.is_ok()
     }
 
-    fn learn(&self, name: &str, address: Option<IpAddr>) {
+    fn record_result(&self, name: &str, address: Option<IpAddr>) {
         let mut table = self.table.lock();
-        table.asked.remove(name);
-        table.known.insert(name.to_owned(), (address, Instant::now()));
+        table.in_flight.remove(name);
+        table.cached.insert(name.to_owned(), (address, Instant::now()));
         self.changed.notify_all();
     }
 }
@@ -159,21 +159,21 @@ mod tests {
         let names = Arc::new(NameResolver::default());
         let deadline = Instant::now() + Duration::from_secs(60);
         assert_eq!(names.addresses(&["localhost"], deadline), [Some(None)]);
-        assert_eq!(names.table.lock().known.used(), 1);
+        assert_eq!(names.table.lock().cached.used(), 1);
     }
 
     #[test]
     fn cached_name_expires_after_lifetime() {
         let (mut table, now) = (NameTable::default(), Instant::now());
         let address = IpAddr::from([203, 0, 113, 1]);
-        table.known.insert("a".into(), (Some(address), now));
-        table.known.insert("b".into(), (None, now));
+        table.cached.insert("a".into(), (Some(address), now));
+        table.cached.insert("b".into(), (None, now));
         assert_eq!(table.get("a", now), Some(Some(address)));
         assert_eq!(table.get("b", now), Some(None));
         assert_eq!(table.get("c", now), None);
-        assert_eq!(table.get("b", now + FAILED_FOR), None);
-        assert_eq!(table.get("a", now + FAILED_FOR), Some(Some(address)));
-        assert_eq!(table.get("a", now + REMEMBERED), None);
+        assert_eq!(table.get("b", now + FAILURE_TTL), None);
+        assert_eq!(table.get("a", now + FAILURE_TTL), Some(Some(address)));
+        assert_eq!(table.get("a", now + ADDRESS_TTL), None);
     }
 
     /// Guards against a list whose later names were never asked for.
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn lookup_in_progress_is_awaited_until_deadline() {
         let names = Arc::new(NameResolver::default());
-        names.table.lock().asked.insert("slow.invalid".into());
+        names.table.lock().in_flight.insert("slow.invalid".into());
         assert_eq!(
             names.addresses(&["slow.invalid"], Instant::now() + Duration::from_millis(20)),
             [None]
@@ -217,7 +217,7 @@ mod tests {
         let thread = thread::spawn(move || {
             waiting.addresses(&["slow.invalid"], Instant::now() + Duration::from_secs(60))
         });
-        names.learn("slow.invalid", Some(IpAddr::from([203, 0, 113, 1])));
+        names.record_result("slow.invalid", Some(IpAddr::from([203, 0, 113, 1])));
         assert_eq!(thread.join().unwrap(), [Some(Some(IpAddr::from([203, 0, 113, 1])))]);
     }
 }

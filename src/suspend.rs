@@ -44,9 +44,9 @@ impl SuspendDetector {
     fn update(&mut self, suspended: Duration) -> bool {
         // A reading is too small if the thread was interrupted between the two clocks. It is never
         // too large, so the largest one is kept.
-        let known = self.suspended;
-        self.suspended = known.max(suspended);
-        suspended.saturating_sub(known) >= MIN_SUSPENSION
+        let previous = self.suspended;
+        self.suspended = previous.max(suspended);
+        suspended.saturating_sub(previous) >= MIN_SUSPENSION
     }
 }
 

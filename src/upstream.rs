@@ -18,15 +18,15 @@ use std::time::{Duration, Instant};
 use ureq::Agent;
 
 /// Lifetime of an answer about a path, and pause after a failed request.
-const KEPT: Duration = Duration::from_secs(60);
+const ANSWER_TTL: Duration = Duration::from_secs(60);
 /// Maximum number of remembered answers. At the bound, the oldest is dropped.
 const MAX_ANSWERS: usize = 1024;
 /// Lifetime of the measured pace.
-const PACE_KEPT: Duration = Duration::from_secs(600);
+const PACE_TTL: Duration = Duration::from_secs(600);
 /// Timeout of a request to the upstream cache. The slow peer sends meanwhile.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum bytes of a NAR that are read to measure the pace.
-const SAMPLE: u64 = 1 << 20;
+const SAMPLE_BYTES: u64 = 1 << 20;
 /// Maximum time of that measurement. At the bound, the bytes so far give the pace.
 const SAMPLE_TIME: Duration = Duration::from_secs(1);
 /// Maximum number of redirects. Caches in object stores need some.
@@ -58,7 +58,7 @@ impl UpstreamState {
     /// Expected time of a NAR of `nar_size` bytes, which shares the link with NARs that were left
     /// to upstream before. `None` if the pace is not known.
     fn time(&self, nar_size: u64, now: Instant) -> Option<Duration> {
-        let pace = self.pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_KEPT)?.1;
+        let pace = self.pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_TTL)?.1;
         let before =
             self.busy_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now));
         before.checked_add(Duration::try_from_secs_f64(nar_size as f64 / pace.max(1.0)).ok()?)
@@ -100,15 +100,15 @@ impl Upstream {
             state
                 .answers
                 .get(&hash_part)
-                .filter(|(at, _)| now.saturating_duration_since(*at) < KEPT)
-                .map(|(_, has)| *has)
+                .filter(|(at, _)| now.saturating_duration_since(*at) < ANSWER_TTL)
+                .map(|(_, has_path)| *has_path)
         };
-        let has = match known {
-            Some(has) => has,
+        let has_path = match known {
+            Some(has_path) => has_path,
             None if left < 2 * REQUEST_TIMEOUT => return None,
             None => self.look_up(&hash_part, found)?,
         };
-        has.then(|| self.state.lock().time(found.nar_size, Instant::now()))?
+        has_path.then(|| self.state.lock().time(found.nar_size, Instant::now()))?
     }
 
     /// Records that Nix is about to get `nar_size` bytes of a NAR from upstream.
@@ -124,22 +124,22 @@ impl Upstream {
     /// `None` if upstream does not answer.
     fn look_up(&self, hash_part: &HashPart, found: &FoundNar) -> Option<bool> {
         let keys = NixConf::read(&self.nix_conf_dir).keys_for_substituter(&self.url);
-        let has = keys.map(|keys| self.request(hash_part, found, &keys));
+        let has_path = keys.map(|keys| self.request(hash_part, found, &keys));
         let now = Instant::now();
-        let has = match has {
+        let has_path = match has_path {
             None => false,
-            Some(Ok(has)) => has,
+            Some(Ok(has_path)) => has_path,
             Some(Err(e)) => {
                 log::debug!(
                     "{hash_part}: upstream cache {}: {e}; slow peers are not left for it",
                     self.url
                 );
-                self.state.lock().paused_until = Some(now + KEPT);
+                self.state.lock().paused_until = Some(now + ANSWER_TTL);
                 return None;
             }
         };
-        self.state.lock().answers.insert(*hash_part, (now, has));
-        Some(has)
+        self.state.lock().answers.insert(*hash_part, (now, has_path));
+        Some(has_path)
     }
 
     fn request(
@@ -162,7 +162,7 @@ impl Upstream {
         if !self.matches_nar(&narinfo, found, in_nix_conf) || narinfo.url.contains("://") {
             return Ok(false);
         }
-        let is_measured = |(at, _): (Instant, f64)| at.elapsed() < PACE_KEPT;
+        let is_measured = |(at, _): (Instant, f64)| at.elapsed() < PACE_TTL;
         if !self.state.lock().pace.is_some_and(is_measured) {
             let pace = self.measure(&narinfo.url)?;
             log::debug!("upstream cache {}: {:.0} KiB/s", self.url, pace / 1024.0);
@@ -185,18 +185,18 @@ impl Upstream {
     /// they are sent, so the pace is a lower bound.
     fn measure(&self, nar_url: &str) -> Result<f64, ureq::Error> {
         let began = Instant::now();
-        let range = format!("bytes=0-{}", SAMPLE - 1);
+        let range = format!("bytes=0-{}", SAMPLE_BYTES - 1);
         let mut response =
             self.agent.get(format!("{}/{nar_url}", self.url)).header("Range", range).call()?;
         if !matches!(response.status().as_u16(), 200 | 206) {
             return Err(ureq::Error::StatusCode(response.status().as_u16()));
         }
-        let mut body = response.body_mut().as_reader().take(SAMPLE);
+        let mut body = response.body_mut().as_reader().take(SAMPLE_BYTES);
         let (mut buffer, mut bytes) = (vec![0; 64 * 1024], 0);
         while began.elapsed() < SAMPLE_TIME {
             match body.read(&mut buffer)? {
                 0 => break,
-                got => bytes += got,
+                received => bytes += received,
             }
         }
         Ok(bytes as f64 / began.elapsed().as_secs_f64())
@@ -266,6 +266,6 @@ mod tests {
             upstream.state.lock().time(2000, now + Duration::from_secs(100)),
             Some(Duration::from_secs(2))
         );
-        assert_eq!(upstream.state.lock().time(2000, now + PACE_KEPT), None);
+        assert_eq!(upstream.state.lock().time(2000, now + PACE_TTL), None);
     }
 }

@@ -103,12 +103,12 @@ impl Bench {
             command.args(
                 scene::absent(MISSES).iter().map(|part| format!("/nix/store/{part}-missing")),
             );
-            let took = timed(&mut command, |output| {
+            let elapsed = timed(&mut command, |output| {
                 let said = String::from_utf8_lossy(&output.stderr);
                 assert!(said.contains("don't know how to build"), "{said}");
             });
             host.sh("rm -r /root/.cache");
-            took
+            elapsed
         });
         self.table.beside(
             "2. Nix asks for 1,000 missing paths, s",

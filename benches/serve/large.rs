@@ -169,9 +169,9 @@ pub fn resuming(server: &Cache, path: &str) -> f64 {
     median(SHORT, || {
         let began = Instant::now();
         let came = client.get(&narinfo.nar, &range, Body::Dropped);
-        let took = began.elapsed();
+        let elapsed = began.elapsed();
         assert_eq!(came, narinfo.size - start, "{}: {}", server.name, narinfo.nar);
-        took
+        elapsed
     })
 }
 
@@ -226,11 +226,11 @@ fn first(server: &Cache, path: &str) -> f64 {
         let began = Instant::now();
         assert_eq!(client.ask(&nar, "").status, 200, "{nar}");
         client.first_byte();
-        let took = began.elapsed();
+        let elapsed = began.elapsed();
         drop(client);
         // The server may still be writing to the closed connection.
         std::thread::sleep(SETTLED);
-        took
+        elapsed
     })
 }
 

@@ -79,20 +79,20 @@ pub fn closures(bench: &Bench, report: &mut Report) {
                 "nix copy --from" => command.args(["nix", "copy", "--from", url, &root]),
                 _ => command.args(["nix-store", "--no-gc-warning", "--realise", &root]),
             };
-            let took = timed(&mut command, nix::assert_quiet);
+            let elapsed = timed(&mut command, nix::assert_quiet);
             assert_eq!(nix::closure(host, &[&root]).len(), BLOCK);
             host.cmd("nix-store").args(["--verify-path", &root]).okay();
-            [took]
+            [elapsed]
         };
         let mut contenders: Vec<Contender<1>> = vec![
             (
                 "peerix".into(),
                 Box::new(|| {
                     let mut asker = Peer::asker(&bench.lan, key, &bench.fixture.update[..1]);
-                    let took = run(&asker.host, &format!("http://127.0.0.1:{PORT}"), false);
+                    let elapsed = run(&asker.host, &format!("http://127.0.0.1:{PORT}"), false);
                     // The daemon sends bye on SIGTERM, so that no peer waits for its answers.
                     asker.daemon.terminate();
-                    took
+                    elapsed
                 }),
             ),
             (

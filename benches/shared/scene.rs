@@ -144,7 +144,7 @@ pub fn hash_parts(paths: &[String]) -> Vec<String> {
 pub fn timed(command: &mut Command, check: impl Fn(&Output)) -> f64 {
     let began = Instant::now();
     let output = command.ran();
-    let took = began.elapsed().as_secs_f64();
+    let elapsed = began.elapsed().as_secs_f64();
     check(&output);
-    took
+    elapsed
 }

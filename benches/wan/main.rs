@@ -107,10 +107,10 @@ fn lookups(rounds: usize, table: &mut Table) {
             // The idle connections of the previous round close first. Reusing one would save a
             // round trip.
             std::thread::sleep(Duration::from_secs(31));
-            let took = scene::latencies(&asker, local, &routes, status);
+            let elapsed = scene::latencies(&asker, local, &routes, status);
             let trips = |ms: f64| ms / 1e3 / ROUND_TRIP.as_secs_f64();
-            medians.push(trips(took.median()));
-            worst.push(trips(took.percentile(100)));
+            medians.push(trips(elapsed.median()));
+            worst.push(trips(elapsed.percentile(100)));
         }
         table.alone(
             &format!("1. {what} among 500 WAN peers, median, in round trips of 50 ms"),

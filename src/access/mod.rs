@@ -151,15 +151,15 @@ impl AccessPolicy {
     /// Like [`AccessPolicy::allows`], but uses only cached upstream answers and signatures, and
     /// never blocks on the network. A path whose upstream answer is unknown is refused.
     pub fn allows_now(&self, scope: Scope, info: &PathInfo) -> bool {
-        self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
+        self.decide(scope, info, |verifier| verifier.cached_result(info) == Some(true))
     }
 
     /// Returns when [`AccessPolicy::allows`] should next ask the upstream cache about this path, or
     /// `None` if it need not: nothing is verified, the name filter withholds the path, upstream is
     /// known to have it, or upstream's key is known. In the last case a signature proves upstream's
     /// own paths, so paths without one are asked about only when a WAN peer requests them.
-    pub fn ask_upstream_at(&self, info: &PathInfo) -> Option<Instant> {
-        self.verifier.as_ref().filter(|_| !self.filter.matches(&info.path))?.ask_at(info)
+    pub fn next_upstream_request(&self, info: &PathInfo) -> Option<Instant> {
+        self.verifier.as_ref().filter(|_| !self.filter.matches(&info.path))?.next_request_at(info)
     }
 
     /// Explains to the user why WAN peers may not have this valid path, or returns `None` if they
@@ -187,7 +187,7 @@ impl AccessPolicy {
         }
         let verifier = self.verifier.as_ref().filter(|verifier| !verifier.verified(info))?;
         let upstream = &config.upstream_cache;
-        Some(match verifier.verified_now(info) {
+        Some(match verifier.cached_result(info) {
             Some(_) => format!("{upstream} does not have it, or with another NAR"),
             None => format!("{upstream} did not say whether it has it"),
         })

@@ -34,9 +34,9 @@ const MISSING_TTL: [Interval; 4] = [
     Interval::from_secs(24 * 3600),
 ];
 /// How long it is cached that no signature proves a path.
-const UNPROVEN: Duration = Duration::from_secs(3600);
+const UNPROVEN_TTL: Duration = Duration::from_secs(3600);
 /// How long a positive answer is cached. It stays true, as NARs in a binary cache do not change.
-const PROVEN: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const PROVEN_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Most cached answers; beyond them, the oldest is dropped. They take 7 MiB.
 const MAX_ANSWERS: usize = 45_000;
 
@@ -67,7 +67,7 @@ const MAX_PAUSE: Interval = Interval::from_secs(300);
 const MALFORMED_ANSWER_PAUSE: Interval = Interval::from_secs(5);
 /// Most bytes read of a response body before decompression; the rest is cut off. A compressed
 /// narinfo is smaller than [`NarInfo::MAX_LEN`] unless its sender is hostile.
-const MAX_SENT: u64 = NarInfo::MAX_LEN as u64 + 4096;
+const MAX_RESPONSE_BYTES: u64 = NarInfo::MAX_LEN as u64 + 4096;
 
 /// Largest zstd window as a power of two: 8 MiB, which every decoder supports (RFC 8878, section
 /// 3.1.1.1.2). A narinfo with a larger one is malformed. The decoder allocates the window.
@@ -84,14 +84,14 @@ pub struct Verifier {
     store_dir: StoreDir,
     state: Mutex<VerifierState>,
     /// Signalled when a request ends.
-    ended: Condvar,
-    faults: LogThrottle,
+    request_ended: Condvar,
+    log_throttle: LogThrottle,
 }
 
 struct VerifierState {
     answers: UpstreamAnswers,
     /// Paths with a request in progress.
-    asked: HashSet<VerifiedPath>,
+    in_flight: HashSet<VerifiedPath>,
     waiting: usize,
     backoff: Backoff,
 }
@@ -136,18 +136,18 @@ impl Verifier {
             store_dir,
             state: Mutex::new(VerifierState {
                 answers: UpstreamAnswers::default(),
-                asked: HashSet::new(),
+                in_flight: HashSet::new(),
                 waiting: 0,
                 backoff: Backoff::new(FIRST_PAUSE, MAX_PAUSE),
             }),
-            ended: Condvar::default(),
-            faults: LogThrottle::default(),
+            request_ended: Condvar::default(),
+            log_throttle: LogThrottle::default(),
         }
     }
 
     /// Returns whether upstream has the path, or `None` if that is not known without asking. Checks
     /// signatures but never blocks on the network: takes 0.5 ms at most, mostly 1 µs.
-    pub fn verified_now(&self, info: &PathInfo) -> Option<bool> {
+    pub fn cached_result(&self, info: &PathInfo) -> Option<bool> {
         let key = key(info);
         if let Some(known) = self.state.lock().answers.get(&key, Instant::now()) {
             return known;
@@ -157,8 +157,8 @@ impl Verifier {
         let mut state = self.state.lock();
         // The result of a failed check is cached too, but must not replace an answer of upstream.
         if is_signed || state.answers.get(&key, now).is_none() {
-            let times = state.answers.times(&key);
-            state.answers.put(key, proof, now + UNPROVEN, times);
+            let answer_count = state.answers.answer_count(&key);
+            state.answers.put(key, proof, now + UNPROVEN_TTL, answer_count);
         }
         proof
     }
@@ -166,9 +166,9 @@ impl Verifier {
     /// Returns when to ask upstream about a path: now, or when its cached answer expires, or when
     /// the pause after a failure ends. `None` if upstream has the path or if upstream's key is
     /// known.
-    pub fn ask_at(&self, info: &PathInfo) -> Option<Instant> {
+    pub fn next_request_at(&self, info: &PathInfo) -> Option<Instant> {
         let now = Instant::now();
-        match self.verified_now(info) {
+        match self.cached_result(info) {
             Some(true) => None,
             _ if self.has_key() => None,
             Some(false) => self.state.lock().answers.expiry(&key(info)),
@@ -179,7 +179,7 @@ impl Verifier {
     /// Returns whether upstream has the path, and asks upstream if that is not known. Blocks for at
     /// most 15 s ([`SLOT_TIMEOUT`] and [`REQUEST_TIMEOUT`]). False if no answer can be had now.
     pub fn verified(&self, info: &PathInfo) -> bool {
-        if let Some(answer) = self.verified_now(info) {
+        if let Some(answer) = self.cached_result(info) {
             return answer;
         }
         let key = key(info);
@@ -224,23 +224,23 @@ impl Verifier {
             if !state.backoff.is_due(now) || state.answers.is_unreadable(key, now) {
                 return RequestTurn::NotNow;
             }
-            if state.asked.len() < MAX_REQUESTS && !state.asked.contains(key) {
-                state.asked.insert(*key);
+            if state.in_flight.len() < MAX_REQUESTS && !state.in_flight.contains(key) {
+                state.in_flight.insert(*key);
                 return RequestTurn::Mine;
             }
             if state.waiting >= MAX_WAITING || now >= deadline {
                 return RequestTurn::NotNow;
             }
             state.waiting += 1;
-            state = self.ended.wait_timeout(state, deadline - now);
+            state = self.request_ended.wait_timeout(state, deadline - now);
             state.waiting -= 1;
         }
     }
 
     fn ask(&self, key: &VerifiedPath, info: &PathInfo) -> bool {
         defer! {
-            self.state.lock().asked.remove(key);
-            self.ended.notify_all();
+            self.state.lock().in_flight.remove(key);
+            self.request_ended.notify_all();
         }
         let answer = self.request(info);
         let now = Instant::now();
@@ -253,13 +253,13 @@ impl Verifier {
                 );
                 let mut state = self.state.lock();
                 state.backoff.reset();
-                let times = state.answers.times(key);
+                let answer_count = state.answers.answer_count(key);
                 let lasts = if answer {
-                    PROVEN
+                    PROVEN_TTL
                 } else {
-                    MISSING_TTL[times.min(MISSING_TTL.len() - 1)].get()
+                    MISSING_TTL[answer_count.min(MISSING_TTL.len() - 1)].get()
                 };
-                state.answers.put(*key, Some(answer), now + lasts, times + 1);
+                state.answers.put(*key, Some(answer), now + lasts, answer_count + 1);
                 answer
             }
             Err(e) => {
@@ -272,7 +272,7 @@ impl Verifier {
                     state.backoff.record_failure(retry_after, now);
                 }
                 drop(state);
-                if self.faults.allow(now) {
+                if self.log_throttle.allow(now) {
                     log::warn!(
                         "upstream cache {}: {e}; what it did not confirm before is not shared over WAN",
                         self.url
@@ -310,7 +310,8 @@ fn read(response: Response<ureq::Body>) -> Result<Vec<u8>, UpstreamError> {
         .and_then(|e| e.to_str().ok())
         .unwrap_or("identity");
     let encoding = encoding.to_ascii_lowercase();
-    let sent = response.into_body().into_with_config().limit(u64::MAX).reader().take(MAX_SENT);
+    let sent =
+        response.into_body().into_with_config().limit(u64::MAX).reader().take(MAX_RESPONSE_BYTES);
     let decoded: Box<dyn Read> = match encoding.as_str() {
         "identity" => Box::new(sent),
         "gzip" | "x-gzip" => Box::new(flate2::read::MultiGzDecoder::new(sent)),
@@ -357,10 +358,10 @@ fn key(info: &PathInfo) -> VerifiedPath {
 struct UpstreamAnswers(BoundedMap<VerifiedPath, UpstreamAnswer, MAX_ANSWERS>);
 
 struct UpstreamAnswer {
-    is_upstreams: Option<bool>,
+    is_upstream: Option<bool>,
     expires: Instant,
     /// Number of answers of upstream so far; index into [`MISSING_TTL`].
-    times: usize,
+    answer_count: usize,
     /// Set if the last answer was not a valid narinfo: upstream is not asked again before this
     /// time.
     unreadable: Option<Instant>,
@@ -368,12 +369,12 @@ struct UpstreamAnswer {
 
 impl UpstreamAnswers {
     fn get(&self, key: &VerifiedPath, now: Instant) -> Option<Option<bool>> {
-        Some(self.0.get(key).filter(|answer| answer.expires > now)?.is_upstreams)
+        Some(self.0.get(key).filter(|answer| answer.expires > now)?.is_upstream)
     }
 
     /// Number of answers of upstream about this path.
-    fn times(&self, key: &VerifiedPath) -> usize {
-        self.0.get(key).map_or(0, |answer| answer.times)
+    fn answer_count(&self, key: &VerifiedPath) -> usize {
+        self.0.get(key).map_or(0, |answer| answer.answer_count)
     }
 
     /// Returns when the last answer expires.
@@ -388,23 +389,23 @@ impl UpstreamAnswers {
     fn put(
         &mut self,
         key: VerifiedPath,
-        is_upstreams: Option<bool>,
+        is_upstream: Option<bool>,
         expires: Instant,
-        times: usize,
+        answer_count: usize,
     ) {
-        self.0.insert(key, UpstreamAnswer { is_upstreams, expires, times, unreadable: None });
+        self.0.insert(key, UpstreamAnswer { is_upstream, expires, answer_count, unreadable: None });
     }
 
     /// Records that upstream's answer was not a valid narinfo. The path counts as unknown, and
     /// upstream is not asked about it again before `expires`.
     fn put_unreadable(&mut self, key: VerifiedPath, expires: Instant) {
-        let times = self.times(&key);
+        let answer_count = self.answer_count(&key);
         self.0.insert(
             key,
             UpstreamAnswer {
-                is_upstreams: None,
+                is_upstream: None,
                 expires: Instant::now(),
-                times,
+                answer_count,
                 unreadable: Some(expires),
             },
         );
@@ -485,8 +486,8 @@ mod tests {
         let verifier = unreachable(PublicKey::parse(UPSTREAM_KEY).ok());
         let info = PathInfo { nar_size: 1, ..upstreams() };
         verifier.state.lock().answers.put(key(&info), Some(false), Instant::now(), 3);
-        assert_eq!(verifier.verified_now(&info), None);
-        assert_eq!(verifier.state.lock().answers.times(&key(&info)), 3);
+        assert_eq!(verifier.cached_result(&info), None);
+        assert_eq!(verifier.state.lock().answers.answer_count(&key(&info)), 3);
     }
 
     #[test]
@@ -509,13 +510,13 @@ mod tests {
     #[test]
     fn default_upstreams_signature_proves_path() {
         let config = Config::default();
-        assert_eq!(Verifier::new(&config).verified_now(&upstreams()), Some(true));
+        assert_eq!(Verifier::new(&config).cached_result(&upstreams()), Some(true));
         // The key of another upstream is not known.
         let other = Verifier::new(&Config {
             upstream_cache: "https://cache.example".into(),
             ..config.clone()
         });
-        assert_eq!(other.verified_now(&upstreams()), None);
+        assert_eq!(other.cached_result(&upstreams()), None);
         // The signature covers each of these fields.
         let changes: [fn(&mut PathInfo); 5] = [
             |info| info.nar_size += 1,
@@ -527,7 +528,7 @@ mod tests {
         for (at, change) in changes.into_iter().enumerate() {
             let mut info = upstreams();
             change(&mut info);
-            assert_eq!(Verifier::new(&config).verified_now(&info), None, "change {at}");
+            assert_eq!(Verifier::new(&config).cached_result(&info), None, "change {at}");
         }
     }
 
@@ -539,19 +540,19 @@ mod tests {
         let fingerprint = info.fingerprint(&golden::store_dir());
         info.signatures = vec![secret.sign(fingerprint.as_bytes())];
         let verifier = unreachable(Some(public));
-        assert_eq!(verifier.verified_now(&info), Some(true));
+        assert_eq!(verifier.cached_result(&info), Some(true));
         // The result is cached: the signature is not checked again.
         info.signatures.clear();
-        assert_eq!(verifier.verified_now(&info), Some(true));
+        assert_eq!(verifier.cached_result(&info), Some(true));
         assert!(verifier.verified(&info));
 
         let mut forged =
             golden::narinfos().into_iter().map(|n| n.info).find(|i| i.path != info.path).unwrap();
         forged.signatures = vec![secret.sign(b"something else")];
-        assert_eq!(verifier.verified_now(&forged), None);
+        assert_eq!(verifier.cached_result(&forged), None);
         assert_eq!(verifier.state.lock().answers.get(&key(&forged), Instant::now()), Some(None));
         forged.signatures = vec![secret.sign(forged.fingerprint(&golden::store_dir()).as_bytes())];
-        assert_eq!(verifier.verified_now(&forged), None, "it was checked again");
+        assert_eq!(verifier.cached_result(&forged), None, "it was checked again");
         assert!(!verifier.verified(&forged), "nobody is there to ask");
     }
 
@@ -589,16 +590,16 @@ mod tests {
                 assert_eq!(url, format!("/base/{SIGNED}.narinfo"));
                 (status, body.clone())
             });
-            assert_eq!(verifier.verified_now(&info), None, "{case}");
+            assert_eq!(verifier.cached_result(&info), None, "{case}");
             assert_eq!(verifier.verified(&info), answer, "{case}");
-            assert_eq!(verifier.verified_now(&info), kept.then_some(answer), "{case}");
+            assert_eq!(verifier.cached_result(&info), kept.then_some(answer), "{case}");
             // A second call at once sends no request.
             assert_eq!(verifier.verified(&info), answer, "{case}");
             assert_eq!(upstream.requests(), 1, "{case}");
             assert_eq!(verifier.state.lock().backoff.failures() > 0, pauses, "{case}");
             // Another NAR hash is another cache key.
             let other = PathInfo { nar_hash: NarHash::from_bytes([2; 32]), ..info };
-            assert_eq!(verifier.verified_now(&other), None, "{case}");
+            assert_eq!(verifier.cached_result(&other), None, "{case}");
             assert!(!verifier.verified(&other), "{case}");
         }
     }
@@ -613,15 +614,15 @@ mod tests {
             assert!(!verifier.verified(&info) && !verifier.verified(&info));
             assert_eq!(known(Duration::from_secs(seconds - 5)), Some(Some(false)));
             assert_eq!(known(Duration::from_secs(seconds)), None);
-            let at = verifier.ask_at(&info).unwrap();
+            let at = verifier.next_request_at(&info).unwrap();
             assert!(at > Instant::now() + Duration::from_secs(seconds - 5));
             // Expires the answer.
             let mut state = verifier.state.lock();
             state.answers.0.get_mut(&key(&info)).unwrap().expires = Instant::now();
         }
         assert_eq!(upstream.requests(), 5);
-        assert_eq!(verifier.verified_now(&info), None);
-        assert!(verifier.ask_at(&info).unwrap() <= Instant::now());
+        assert_eq!(verifier.cached_result(&info), None);
+        assert!(verifier.next_request_at(&info).unwrap() <= Instant::now());
     }
 
     /// Captive portals answer every request with a login page, which must not count as "upstream
@@ -636,13 +637,13 @@ mod tests {
         });
         let info = narinfo().info;
         assert!(!verifier.verified(&info) && !verifier.verified(&info));
-        assert_eq!((upstream.requests(), verifier.verified_now(&info)), (1, None));
-        assert!(verifier.ask_at(&info).is_some());
+        assert_eq!((upstream.requests(), verifier.cached_result(&info)), (1, None));
+        assert!(verifier.next_request_at(&info).is_some());
         is_portal.store(false, Ordering::SeqCst);
         verifier.state.lock().answers.0.get_mut(&key(&info)).unwrap().unreadable =
             Some(Instant::now());
         assert!(verifier.verified(&info));
-        assert_eq!(verifier.ask_at(&info), None);
+        assert_eq!(verifier.next_request_at(&info), None);
     }
 
     #[test]
@@ -675,7 +676,7 @@ mod tests {
         let bomb = [text.clone(), b"Sig: ".to_vec(), vec![b'x'; 64 << 20]].concat();
         let mut damaged = gzip(&text);
         damaged.truncate(damaged.len() - 20);
-        for (encoding, body, is_upstreams) in [
+        for (encoding, body, is_upstream) in [
             ("gzip", gzip(&text), true),
             ("zstd", zstd(&text), true),
             ("identity", text.clone(), true),
@@ -694,7 +695,7 @@ mod tests {
                         .with_header(Header::from_bytes("Content-Encoding", encoding).unwrap());
                     let _ = server.recv().unwrap().respond(response);
                 });
-                assert_eq!(verifier.verified(&narinfo().info), is_upstreams, "{encoding}");
+                assert_eq!(verifier.verified(&narinfo().info), is_upstream, "{encoding}");
             });
         }
     }
@@ -719,7 +720,7 @@ mod tests {
         let others = || {
             (0..MAX_REQUESTS as u8).map(|n| (info.path.hash_part(), NarHash::from_bytes([n; 32])))
         };
-        verifier.state.lock().asked.extend(others());
+        verifier.state.lock().in_flight.extend(others());
         verifier.state.lock().waiting = MAX_WAITING;
         thread::scope(|scope| {
             let refused = scope.spawn(|| verifier.acquire_request_slot(&key(&info)));
@@ -736,11 +737,11 @@ mod tests {
                 thread::yield_now();
             }
             let first = others().next().unwrap();
-            verifier.state.lock().asked.remove(&first);
-            verifier.ended.notify_all();
+            verifier.state.lock().in_flight.remove(&first);
+            verifier.request_ended.notify_all();
             assert!(matches!(waiter.join().unwrap(), RequestTurn::Mine));
         });
-        assert_eq!(verifier.state.lock().asked.len(), MAX_REQUESTS);
+        assert_eq!(verifier.state.lock().in_flight.len(), MAX_REQUESTS);
     }
 
     #[test]
@@ -752,7 +753,7 @@ mod tests {
             bytes[..8].copy_from_slice(&n.to_le_bytes());
             (hash_part, NarHash::from_bytes(bytes))
         };
-        (0..=MAX_ANSWERS).for_each(|n| answers.put(key(n), Some(true), now + UNPROVEN, 1));
+        (0..=MAX_ANSWERS).for_each(|n| answers.put(key(n), Some(true), now + UNPROVEN_TTL, 1));
         let is_known = |n| answers.get(&key(n), now).is_some();
         assert!(!is_known(0) && is_known(1) && is_known(MAX_ANSWERS));
     }

@@ -36,11 +36,11 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
         let id = far.iter().find(|(_, other)| other == address).map(|(id, _)| format!(" ({id})"));
         let by_udp = heard.iter().find(|heard| heard.from == *address);
         let udp = by_udp.map_or("does not answer queries".into(), |h| {
-            format!("answers queries, {:.1?}", h.took)
+            format!("answers queries, {:.1?}", h.elapsed)
         });
         let shares = matches!(http, HttpProbe::Shares(_));
         let http = match http {
-            HttpProbe::Shares(took) => format!("shares with this machine, {took:.1?}"),
+            HttpProbe::Shares(elapsed) => format!("shares with this machine, {elapsed:.1?}"),
             HttpProbe::Refuses => "shares nothing with this machine".into(),
             HttpProbe::Other => "answers HTTP as another kind of peerix".into(),
             HttpProbe::Silent(e) => format!("does not answer HTTP: {e}"),

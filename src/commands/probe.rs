@@ -38,7 +38,7 @@ pub struct ProbeReply {
     /// Where the node offers the path. `None` for a *have not*.
     pub holder: Option<Holder>,
     /// Time from the query to the answer.
-    pub took: Duration,
+    pub elapsed: Duration,
 }
 
 /// Queries the addresses in `named`, and if `everyone` is set also all nodes on the LAN by
@@ -100,7 +100,7 @@ pub fn ask(
             let was_asked = targets.contains(&from) || (everyone && networks.is_lan(from));
             let is_new = !networks.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
             if was_asked && is_new && heard.len() < MAX_HEARD {
-                heard.push(ProbeReply { from, holder, took: at.elapsed() });
+                heard.push(ProbeReply { from, holder, elapsed: at.elapsed() });
             }
         }
     }

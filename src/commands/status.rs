@@ -102,9 +102,9 @@ fn shown(status: &Value) -> String {
         } else {
             text(&lookup["miss"]["text"])
         };
-        let took = short(number(&lookup["seconds"]));
+        let elapsed = short(number(&lookup["seconds"]));
         line(format!(
-            "  {} {what} {took}: {came}",
+            "  {} {what} {elapsed}: {came}",
             if lookup["hit"] == true { "hit " } else { "miss" }
         ));
     }

@@ -237,7 +237,7 @@ impl<'a> FailoverReader<'a> {
         deadline: Instant,
         may_leave: bool,
     ) -> Self {
-        let transfer = downloader.stats.receive(found.path.base_name(), found.nar_size);
+        let transfer = downloader.stats.begin_receive(found.path.base_name(), found.nar_size);
         let found_size = found.nar_size;
         FailoverReader {
             downloader,
@@ -402,7 +402,7 @@ impl<'a> FailoverReader<'a> {
         if incoming.unsupported().is_some() {
             self.deadline.get_or_insert_with(|| Instant::now() + UNSUPPORTED_TIMEOUT.get());
         }
-        self.transfer.progress(incoming.received());
+        self.transfer.set_progress(incoming.received());
         Ok(())
     }
 
@@ -510,7 +510,7 @@ impl<'a> FailoverReader<'a> {
         }
         current.waited += now - began;
         current.received += received;
-        self.transfer.moved(received);
+        self.transfer.record_bytes(received);
         if let Some(counted) = &mut current.counted {
             counted.bytes += received;
         }
@@ -745,8 +745,8 @@ impl<'a> FailoverReader<'a> {
                 if !self.contributors.iter().any(|contributor| contributor.peer_key == peer_key) {
                     self.contributors.push(Contributor { peer_key, has_failed: false });
                 }
-                self.transfer.with(source.network(), peer);
-                self.transfer.explain(why);
+                self.transfer.set_peer(source.network(), peer);
+                self.transfer.set_reason(why);
                 let counted = match link {
                     LinkKind::Wan(Some(transfer)) => {
                         Some(CountedTransfer { downloader: self.downloader, transfer, bytes: 0 })
@@ -1017,7 +1017,7 @@ impl<'a> FailoverReader<'a> {
         );
         self.contributors.iter().for_each(|Contributor { peer_key, .. }| {
             self.downloader.health.record_delivered(*peer_key, now);
-            self.downloader.stats.delivered(peer_key.network(), peer_key.address());
+            self.downloader.stats.record_delivered(peer_key.network(), peer_key.address());
         });
         for mismatch in &self.mismatches {
             let (peer, why) = match mismatch.holder_is_right {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// Largest friends file, in bytes. 16 friends take about 2 KiB; the rest is room for comments. A
 /// larger file counts as unreadable, so it names no friends.
-const MAX_FILE: u64 = 64 * 1024;
+const MAX_FILE_BYTES: u64 = 64 * 1024;
 
 /// The current friends. All threads share one list.
 pub struct FriendList {
@@ -116,7 +116,7 @@ impl FriendList {
 }
 
 fn read(file: &Path) -> io::Result<String> {
-    let bytes = key_file::read_bytes(file, MAX_FILE)?;
+    let bytes = key_file::read_bytes(file, MAX_FILE_BYTES)?;
     String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 

@@ -115,7 +115,7 @@ impl Handler for CacheHandler {
         if waits || self.refuse_web_pages(&route, request, scope).is_err() {
             return None;
         }
-        match (self.store.path_info_at_once(hash_part, generation)?, &route) {
+        match (self.store.try_path_info(hash_part, generation)?, &route) {
             (Some(info), _) if !self.access.allows_now(scope, &info) => {
                 Some(ShortResponse::text(404, NOT_FOUND))
             }

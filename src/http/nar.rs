@@ -44,15 +44,15 @@ pub(super) fn try_own(
     if info.nar_hash != name.nar_hash || request.field("range").is_some() {
         return None;
     }
-    let body = cache.store.nar_at_once(info)?;
+    let body = cache.store.try_nar(info)?;
     if scope == Scope::Lan && request.method != "HEAD" {
-        let transfer = cache.stats.send(
+        let transfer = cache.stats.begin_send(
             info.path.base_name(),
             info.nar_size,
             Network::Lan,
             request.peer_address,
         );
-        transfer.moved(info.nar_size);
+        transfer.record_bytes(info.nar_size);
         transfer.record_whole();
     }
     Some(ShortResponse { status: 200, fields: fields(name, ContentCoding::Never), body })
@@ -111,8 +111,9 @@ pub(super) fn own(
         Scope::Wan | Scope::Friend => Some(Network::Wan),
     };
     let len = part.end - part.start;
-    let transfer_guard = network
-        .map(|network| cache.stats.send(info.path.base_name(), len, network, request.peer_address));
+    let transfer_guard = network.map(|network| {
+        cache.stats.begin_send(info.path.base_name(), len, network, request.peer_address)
+    });
     let write = |out: &mut dyn NarSink| {
         let (sent, transfer_guard, crowd_stream) = (&mut sent, &transfer_guard, &crowd_stream);
         cache.store.write_nar(
@@ -166,7 +167,7 @@ pub(super) fn from_spool(
     if !exchange.wants_body() {
         return Ok(());
     }
-    let transfer_guard = Some(cache.stats.send(
+    let transfer_guard = Some(cache.stats.begin_send(
         &spool.name,
         part.end - part.start,
         Network::Lan,
@@ -297,8 +298,8 @@ impl CountingSink<'_> {
     fn count(&mut self, bytes: u64) {
         *self.sent += bytes;
         if let Some(transfer) = self.transfer_guard {
-            transfer.moved(bytes);
-            transfer.progress(*self.sent);
+            transfer.record_bytes(bytes);
+            transfer.set_progress(*self.sent);
         }
         self.crowd_stream.iter().for_each(|crowd_stream| crowd_stream.record_sent(bytes));
     }

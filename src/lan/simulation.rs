@@ -142,7 +142,7 @@ struct Outcome {
     path: HashPart,
     node: usize,
     began: Duration,
-    took: Duration,
+    elapsed: Duration,
     found: bool,
 }
 
@@ -690,8 +690,14 @@ impl Simulation {
 
     fn end(&mut self, node: usize, lookup: LookupId, found: bool) {
         let Some(active) = self.hosts[node].active.remove(&lookup) else { return };
-        let took = self.now - active.began;
-        self.outcomes.push(Outcome { path: active.path, node, began: active.began, took, found });
+        let elapsed = self.now - active.began;
+        self.outcomes.push(Outcome {
+            path: active.path,
+            node,
+            began: active.began,
+            elapsed,
+            found,
+        });
         self.at(self.now + self.think, Act::Begin { node, connection: active.connection });
     }
 
@@ -717,11 +723,11 @@ impl Simulation {
     }
 
     fn slowest(&self) -> Duration {
-        self.outcomes.iter().map(|outcome| outcome.took).max().unwrap_or_default()
+        self.outcomes.iter().map(|outcome| outcome.elapsed).max().unwrap_or_default()
     }
 
     fn longer_than(&self, time: Duration) -> usize {
-        self.outcomes.iter().filter(|outcome| outcome.took > time).count()
+        self.outcomes.iter().filter(|outcome| outcome.elapsed > time).count()
     }
 }
 

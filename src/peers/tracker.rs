@@ -733,13 +733,13 @@ impl Tracker {
         }
     }
 
-    fn record_success(&self, took: Duration) {
+    fn record_success(&self, elapsed: Duration) {
         let mut state = self.state.lock();
         (state.failures, state.outages, state.retry_at) = (0, 0, None);
         if state.silent_lookups == 0 {
             state.pause.reset();
         }
-        state.latency.add(took);
+        state.latency.add(elapsed);
     }
 
     /// Records a failed lookup that began at `began`. Lookups that ran at the same time count once.

@@ -119,11 +119,12 @@ impl Histogram {
     ];
 
     /// Counts one duration.
-    pub fn observe(&self, took: Duration) {
-        let seconds = took.as_secs_f64();
+    pub fn observe(&self, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
         let bucket = Histogram::BOUNDS.partition_point(|bound| *bound < seconds);
         self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.nanos
+            .fetch_add(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// Number of durations up to each bound; the last element is the number of all.

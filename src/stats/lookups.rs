@@ -21,7 +21,7 @@ pub struct LookupRecord {
     /// Hash part that was looked up.
     pub hash_part: HashPart,
     /// Duration of the lookup.
-    pub took: Duration,
+    pub elapsed: Duration,
     /// The peer that has the path, or the reason of the miss.
     pub result: Result<HitRecord, MissReason>,
 }
@@ -140,11 +140,11 @@ pub fn short(text: &dyn fmt::Display) -> Box<str> {
 pub(super) struct RecentLookups(VecDeque<LookupRecord>);
 
 impl RecentLookups {
-    pub fn add(&mut self, looked: LookupRecord) {
+    pub fn add(&mut self, lookup: LookupRecord) {
         if self.0.len() >= MAX_LOOKUPS {
             self.0.pop_front();
         }
-        self.0.push_back(looked);
+        self.0.push_back(lookup);
     }
 
     /// All lookups, the latest first.
@@ -195,7 +195,7 @@ mod tests {
             lookups.add(LookupRecord {
                 at: SystemTime::UNIX_EPOCH,
                 hash_part,
-                took: Duration::ZERO,
+                elapsed: Duration::ZERO,
                 result,
             });
         }

@@ -74,22 +74,22 @@ pub struct Stats {
     transfers: Mutex<BTreeMap<u64, Arc<RunningTransfer>>>,
     next_id: AtomicU64,
     hours: Mutex<Hours>,
-    kept: Mutex<Option<EarlierTotals>>,
+    earlier: Mutex<Option<EarlierTotals>>,
 }
 
 /// Totals of earlier runs, and the state of their file.
 struct EarlierTotals {
     dir: PathBuf,
     /// Content of the file at the start.
-    before: SavedCounters,
+    saved: SavedCounters,
     /// Whether the file may be overwritten.
-    is_ours: bool,
+    may_overwrite: bool,
     /// `since` and totals of the last write.
-    written: Option<(u64, Totals)>,
+    last_written: Option<(u64, Totals)>,
     /// Problem with the file at the start.
     problem: Option<String>,
     /// Why the last write failed.
-    fails: Option<String>,
+    write_error: Option<String>,
 }
 
 impl Stats {
@@ -111,7 +111,7 @@ impl Stats {
             transfers: Mutex::default(),
             next_id: AtomicU64::new(1),
             hours: Mutex::default(),
-            kept: Mutex::default(),
+            earlier: Mutex::default(),
         }
     }
 
@@ -128,71 +128,75 @@ impl Stats {
     /// Time of the start by the wall clock, which reads `now`. Differs from earlier results if the
     /// clock has been set by more than 10 s, as on machines that boot in 1970.
     pub fn started(&self, now: SystemTime) -> SystemTime {
-        let mut at = self.started_at.lock();
+        let mut start = self.started_at.lock();
         let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);
-        let off = by_now.duration_since(*at).unwrap_or_else(|e| e.duration());
+        let difference = by_now.duration_since(*start).unwrap_or_else(|e| e.duration());
         // Keeps the result stable while the clock is slewed.
-        if off > CLOCK_SET {
-            *at = by_now;
+        if difference > MIN_CLOCK_CHANGE {
+            *start = by_now;
         }
-        *at
+        *start
     }
 
     /// Records a lookup that found the path at a peer. `id` is the peer's ID at a tracker.
-    pub fn hit(
+    pub fn record_hit(
         &self,
         path: &StorePath,
         network: Network,
         peer: SocketAddr,
         id: Option<&str>,
-        took: Duration,
+        elapsed: Duration,
     ) {
         if !self.is_on {
             return;
         }
         self.counters.add(Counter::Hits, 1);
-        self.hit_time.observe(took);
-        let counts = self.counts(TrafficKey::server(network, peer));
+        self.hit_time.observe(elapsed);
+        let counts = self.peer_traffic(TrafficKey::server(network, peer));
         counts.hits.fetch_add(1, Ordering::Relaxed);
         id.iter().for_each(|id| counts.set_id(id));
         let result = Ok(HitRecord { name: path.name().into(), network, peer });
         self.lookups.lock().add(LookupRecord {
             at: SystemTime::now(),
             hash_part: path.hash_part(),
-            took,
+            elapsed,
             result,
         });
     }
 
     /// Records a lookup that missed.
-    pub fn missed(&self, hash_part: &HashPart, miss: MissReason, took: Duration) {
+    pub fn record_miss(&self, hash_part: &HashPart, miss: MissReason, elapsed: Duration) {
         if !self.is_on {
             return;
         }
         self.counters.add(Counter::Misses, 1);
         self.misses[miss.kind()].fetch_add(1, Ordering::Relaxed);
-        self.miss_time.observe(took);
-        let looked =
-            LookupRecord { at: SystemTime::now(), hash_part: *hash_part, took, result: Err(miss) };
-        self.lookups.lock().add(looked);
+        self.miss_time.observe(elapsed);
+        let lookup = LookupRecord {
+            at: SystemTime::now(),
+            hash_part: *hash_part,
+            elapsed,
+            result: Err(miss),
+        };
+        self.lookups.lock().add(lookup);
     }
 
     /// Records the time from the request for a NAR to its first piece.
-    pub fn first_byte(&self, network: Network, took: Duration) {
+    pub fn record_first_byte(&self, network: Network, elapsed: Duration) {
         match network {
             _ if !self.is_on => {}
-            Network::Lan => self.first_byte_lan.observe(took),
-            Network::Wan => self.first_byte_wan.observe(took),
+            Network::Lan => self.first_byte_lan.observe(elapsed),
+            Network::Wan => self.first_byte_wan.observe(elapsed),
         }
     }
 
     /// Starts to record a NAR of `size` bytes that this machine receives.
-    pub fn receive(&self, name: &str, size: u64) -> TransferGuard<'_> {
+    pub fn begin_receive(&self, name: &str, size: u64) -> TransferGuard<'_> {
         self.begin(Direction::In, name, size)
     }
 
     /// Starts to record `size` bytes of a NAR that are sent to a peer.
-    pub fn send(
+    pub fn begin_send(
         &self,
         name: &str,
         size: u64,
@@ -200,7 +204,7 @@ impl Stats {
         peer: SocketAddr,
     ) -> TransferGuard<'_> {
         let mut transfer = self.begin(Direction::Out, name, size);
-        transfer.with(network, peer);
+        transfer.set_peer(network, peer);
         transfer
     }
 
@@ -216,9 +220,11 @@ impl Stats {
     }
 
     /// Counts a whole NAR to which this peer contributed.
-    pub fn delivered(&self, network: Network, peer: SocketAddr) {
+    pub fn record_delivered(&self, network: Network, peer: SocketAddr) {
         if self.is_on {
-            self.counts(TrafficKey::server(network, peer)).nars.fetch_add(1, Ordering::Relaxed);
+            self.peer_traffic(TrafficKey::server(network, peer))
+                .nars
+                .fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -226,12 +232,12 @@ impl Stats {
         self.counters.add(count, more);
     }
 
-    fn ended(&self, id: u64) {
+    fn remove_transfer(&self, id: u64) {
         self.transfers.lock().remove(&id);
     }
 
-    fn counts(&self, key: TrafficKey) -> Arc<PeerTraffic> {
-        self.traffic.lock().of(key, Instant::now())
+    fn peer_traffic(&self, key: TrafficKey) -> Arc<PeerTraffic> {
+        self.traffic.lock().entry(key, Instant::now())
     }
 
     /// Totals since the start of this run.
@@ -241,8 +247,10 @@ impl Stats {
 
     /// Totals of all runs and their start in seconds since 1970. `None` if they are not saved.
     pub fn totals_ever(&self) -> Option<(u64, Totals)> {
-        let kept = self.kept.lock();
-        kept.as_ref().map(|kept| (kept.before.since, kept.before.totals.plus(&self.totals())))
+        let earlier = self.earlier.lock();
+        earlier
+            .as_ref()
+            .map(|earlier| (earlier.saved.since, earlier.saved.totals.plus(&self.totals())))
     }
 
     /// Number of misses for each code.
@@ -274,22 +282,22 @@ impl Stats {
 
     /// Hours in which something was counted, the oldest first.
     pub fn hours(&self) -> Vec<Hour> {
-        self.tick(SystemTime::now());
+        self.update_hours(SystemTime::now());
         self.hours.lock().all().to_vec()
     }
 
     /// Adds what was counted since the last call to the current hour. Has to be called regularly:
     /// counts between two calls belong to the hour of the second.
-    pub fn tick(&self, now: SystemTime) {
+    pub fn update_hours(&self, now: SystemTime) {
         self.hours.lock().fold(&self.totals(), seconds(now));
     }
 
     /// Loads the totals of earlier runs from `dir`, where [`Stats::save`] will write. Blocks on the
     /// disk. Errors are logged and returned by [`Stats::problem`].
-    pub fn keep_in(&self, dir: &Path, now: SystemTime) {
+    pub fn load_earlier(&self, dir: &Path, now: SystemTime) {
         let nothing = || SavedCounters::new(seconds(now), Totals::default(), Vec::new());
-        let (before, is_ours, problem) = match persistence::load(dir) {
-            Ok(before) => (before.unwrap_or_else(nothing), true, None),
+        let (saved, may_overwrite, problem) = match persistence::load(dir) {
+            Ok(saved) => (saved.unwrap_or_else(nothing), true, None),
             Err(LoadError::Damaged(why)) => (
                 nothing(),
                 true,
@@ -302,49 +310,51 @@ impl Stats {
             ),
         };
         problem.iter().for_each(|why| log::warn!("counters {why}"));
-        self.hours.lock().restore(before.hours.clone(), seconds(now));
-        *self.kept.lock() = Some(EarlierTotals {
+        self.hours.lock().restore(saved.hours.clone(), seconds(now));
+        *self.earlier.lock() = Some(EarlierTotals {
             dir: dir.to_owned(),
-            before,
-            is_ours,
-            written: None,
+            saved,
+            may_overwrite,
+            last_written: None,
             problem,
-            fails: None,
+            write_error: None,
         });
     }
 
-    /// Writes the counters to the directory of [`Stats::keep_in`] if they have changed. Blocks on
-    /// the disk. Errors are logged and returned by [`Stats::problem`].
+    /// Writes the counters to the directory of [`Stats::load_earlier`] if they have changed. Blocks
+    /// on the disk. Errors are logged and returned by [`Stats::problem`].
     pub fn save(&self, now: SystemTime) {
-        self.tick(now);
+        self.update_hours(now);
         let totals = self.totals();
         let hours = self.hours.lock().all().to_vec();
         let (dir, saved) = {
-            let mut kept = self.kept.lock();
-            let Some(kept) = kept.as_mut().filter(|kept| kept.is_ours) else { return };
+            let mut earlier = self.earlier.lock();
+            let Some(earlier) = earlier.as_mut().filter(|earlier| earlier.may_overwrite) else {
+                return;
+            };
             // A `since` out of this range comes from a wrong clock.
-            let sane = FIRST..=seconds(now).saturating_add(24 * HOUR);
-            if seconds(now) >= FIRST && !sane.contains(&kept.before.since) {
-                kept.before.since = seconds(self.started(now));
+            let sane = EARLIEST_START..=seconds(now).saturating_add(24 * HOUR);
+            if seconds(now) >= EARLIEST_START && !sane.contains(&earlier.saved.since) {
+                earlier.saved.since = seconds(self.started(now));
             }
-            if kept.written == Some((kept.before.since, totals)) {
+            if earlier.last_written == Some((earlier.saved.since, totals)) {
                 return;
             }
             (
-                kept.dir.clone(),
-                SavedCounters::new(kept.before.since, kept.before.totals.plus(&totals), hours),
+                earlier.dir.clone(),
+                SavedCounters::new(earlier.saved.since, earlier.saved.totals.plus(&totals), hours),
             )
         };
         // The lock is released, so that readers do not wait for the disk.
         let stored = persistence::store(&dir, &saved);
         let problem = stored.err().map(|e| format!("{}: {e}; {NOT_KEPT}", dir.display()));
         let before = {
-            let mut kept = self.kept.lock();
-            let Some(kept) = kept.as_mut() else { return };
+            let mut earlier = self.earlier.lock();
+            let Some(earlier) = earlier.as_mut() else { return };
             if problem.is_none() {
-                kept.written = Some((saved.since, totals));
+                earlier.last_written = Some((saved.since, totals));
             }
-            std::mem::replace(&mut kept.fails, problem.clone())
+            std::mem::replace(&mut earlier.write_error, problem.clone())
         };
         match problem {
             Some(problem) if before.as_ref() != Some(&problem) => log::warn!("counters {problem}"),
@@ -355,23 +365,23 @@ impl Stats {
 
     /// Problem with the counters' file, in one line. `None` if there is none.
     pub fn problem(&self) -> Option<String> {
-        self.kept
+        self.earlier
             .lock()
             .as_ref()
-            .and_then(|kept| kept.fails.clone().or_else(|| kept.problem.clone()))
+            .and_then(|earlier| earlier.write_error.clone().or_else(|| earlier.problem.clone()))
     }
 
     /// Directory of the counters' file. `None` if they are not saved.
-    pub fn kept_in(&self) -> Option<PathBuf> {
-        self.kept.lock().as_ref().map(|kept| kept.dir.clone())
+    pub fn state_dir(&self) -> Option<PathBuf> {
+        self.earlier.lock().as_ref().map(|earlier| earlier.dir.clone())
     }
 }
 
 /// Clock difference above which the clock counts as set. Smaller ones come from slewing.
-const CLOCK_SET: Duration = Duration::from_secs(10);
+const MIN_CLOCK_CHANGE: Duration = Duration::from_secs(10);
 
 /// Start of 2020, in seconds since 1970. Earlier times come from a wrong clock.
-const FIRST: u64 = 1_577_836_800;
+const EARLIEST_START: u64 = 1_577_836_800;
 
 /// Time since boot, including suspends (CLOCK_BOOTTIME).
 fn since_boot() -> Duration {
@@ -407,7 +417,7 @@ mod tests {
     }
 
     fn at(second: u64) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(FIRST + second)
+        SystemTime::UNIX_EPOCH + Duration::from_secs(EARLIEST_START + second)
     }
 
     fn dir(name: &str) -> PathBuf {
@@ -419,8 +429,8 @@ mod tests {
     #[test]
     fn recorded_lookups_appear_in_all_reports() {
         let stats = Stats::new();
-        stats.hit(&path(), Network::Wan, peer(), Some("<b>"), Duration::from_millis(1));
-        stats.missed(
+        stats.record_hit(&path(), Network::Wan, peer(), Some("<b>"), Duration::from_millis(1));
+        stats.record_miss(
             &path().hash_part(),
             MissReason::Nobody { asked: 2 },
             Duration::from_millis(2),
@@ -438,21 +448,21 @@ mod tests {
     #[test]
     fn transfer_is_listed_while_it_runs_and_counted_by_network() {
         let stats = Stats::new();
-        let mut transfer = stats.receive(path().base_name(), 100);
+        let mut transfer = stats.begin_receive(path().base_name(), 100);
         assert_eq!(stats.transfers()[0].peer(), None);
-        transfer.with(Network::Lan, peer());
-        transfer.moved(60);
-        transfer.progress(60);
+        transfer.set_peer(Network::Lan, peer());
+        transfer.record_bytes(60);
+        transfer.set_progress(60);
         // Another peer continues the transfer.
-        transfer.with(Network::Wan, peer());
-        transfer.moved(40);
-        transfer.progress(100);
+        transfer.set_peer(Network::Wan, peer());
+        transfer.record_bytes(40);
+        transfer.set_progress(100);
         assert_eq!((stats.transfers()[0].bytes(), stats.transfers()[0].size), (100, 100));
         transfer.record_whole();
         drop(transfer);
         assert!(stats.transfers().is_empty());
-        let sending = stats.send(path().base_name(), 10, Network::Lan, peer());
-        sending.moved(7);
+        let sending = stats.begin_send(path().base_name(), 10, Network::Lan, peer());
+        sending.record_bytes(7);
         drop(sending);
         let totals = stats.totals();
         let counted = [
@@ -479,12 +489,12 @@ mod tests {
             .map(|number| {
                 let peer =
                     SocketAddr::from((std::net::Ipv4Addr::from_bits(0x0a00_0000 + number), 1));
-                let transfer = stats.send(path().base_name(), 10, Network::Lan, peer);
-                transfer.moved(3);
+                let transfer = stats.begin_send(path().base_name(), 10, Network::Lan, peer);
+                transfer.record_bytes(3);
                 transfer
             })
             .collect();
-        running.iter().for_each(|transfer| transfer.moved(4));
+        running.iter().for_each(|transfer| transfer.record_bytes(4));
         let named = stats.traffic().into_iter().filter(|(_, counts)| counts.has_series());
         let named: u64 = named.map(|(_, counts)| counts.sent.load(Ordering::Relaxed)).sum();
         let others = stats.others();
@@ -496,12 +506,12 @@ mod tests {
     #[test]
     fn disabled_stats_stay_empty() {
         let stats = Stats::off();
-        stats.hit(&path(), Network::Lan, peer(), None, Duration::ZERO);
-        stats.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
-        stats.first_byte(Network::Lan, Duration::ZERO);
-        let mut transfer = stats.receive("x", 1);
-        transfer.with(Network::Lan, peer());
-        transfer.moved(1);
+        stats.record_hit(&path(), Network::Lan, peer(), None, Duration::ZERO);
+        stats.record_miss(&path().hash_part(), MissReason::Busy, Duration::ZERO);
+        stats.record_first_byte(Network::Lan, Duration::ZERO);
+        let mut transfer = stats.begin_receive("x", 1);
+        transfer.set_peer(Network::Lan, peer());
+        transfer.record_bytes(1);
         transfer.record_whole();
         transfer.record_failure();
         assert!(
@@ -517,12 +527,12 @@ mod tests {
         let dir = dir("restarts");
         for start in 1..=3 {
             let stats = Stats::new();
-            stats.keep_in(&dir, at(start * 10_000));
-            stats.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
+            stats.load_earlier(&dir, at(start * 10_000));
+            stats.record_miss(&path().hash_part(), MissReason::Busy, Duration::ZERO);
             stats.save(at(start * 10_000));
             let (since, ever) = stats.totals_ever().unwrap();
             let (ever, now) = (ever.get(Counter::Misses), stats.totals().get(Counter::Misses));
-            assert_eq!((since, ever, now), (FIRST + 10_000, start, 1));
+            assert_eq!((since, ever, now), (EARLIEST_START + 10_000, start, 1));
             assert_eq!(stats.hours.lock().all().len() as u64, start);
         }
         fs::remove_dir_all(&dir).unwrap();
@@ -536,7 +546,7 @@ mod tests {
             let dir = dir("clock");
             let stats = Stats::new();
             *stats.started_at.lock() = wrong;
-            stats.keep_in(&dir, wrong);
+            stats.load_earlier(&dir, wrong);
             stats.save(wrong);
             assert_eq!(stats.totals_ever().unwrap().0, seconds(wrong));
             let now = at(365 * 24 * HOUR);
@@ -547,7 +557,7 @@ mod tests {
             stats.save(now);
             assert_eq!(stats.totals_ever().unwrap().0, seconds(started));
             let next = Stats::new();
-            next.keep_in(&dir, now);
+            next.load_earlier(&dir, now);
             next.save(SystemTime::UNIX_EPOCH);
             assert_eq!(
                 next.totals_ever().unwrap().0,
@@ -562,12 +572,12 @@ mod tests {
     fn unchanged_counters_are_not_written() {
         let dir = dir("new");
         let stats = Stats::new();
-        stats.keep_in(&dir, at(1));
+        stats.load_earlier(&dir, at(1));
         stats.save(at(1));
         fs::remove_file(dir.join("counters")).unwrap();
         stats.save(at(2));
         assert!(!dir.join("counters").exists());
-        stats.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
+        stats.record_miss(&path().hash_part(), MissReason::Busy, Duration::ZERO);
         stats.save(at(3));
         assert!(dir.join("counters").exists());
         fs::remove_dir_all(&dir).unwrap();
@@ -579,13 +589,13 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("counters"), "nonsense").unwrap();
         let stats = Stats::new();
-        stats.keep_in(&dir, at(1));
+        stats.load_earlier(&dir, at(1));
         assert!(stats.problem().unwrap().contains("damaged"));
         stats.save(at(2));
         assert!(stats.problem().unwrap().contains("lost"), "a person may not have seen it yet");
         let next = Stats::new();
-        next.keep_in(&dir, at(3));
-        assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, FIRST + 1));
+        next.load_earlier(&dir, at(3));
+        assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, EARLIEST_START + 1));
         fs::remove_dir_all(&dir).unwrap();
     }
 
@@ -594,7 +604,7 @@ mod tests {
         let dir = dir("unwritable");
         fs::write(&dir, "a file where the directory should be").unwrap();
         let stats = Stats::new();
-        stats.keep_in(&dir, at(1));
+        stats.load_earlier(&dir, at(1));
         for second in 2..5 {
             stats.save(at(second));
             assert!(stats.problem().is_some());
@@ -602,7 +612,7 @@ mod tests {
         // The directory was a file, so the counters could not be read and must not be overwritten.
         fs::remove_file(&dir).unwrap();
         let stats = Stats::new();
-        stats.keep_in(&dir, at(1));
+        stats.load_earlier(&dir, at(1));
         fs::write(&dir, "again").unwrap();
         stats.save(at(2));
         assert!(stats.problem().unwrap().contains(NOT_KEPT));

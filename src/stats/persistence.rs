@@ -10,15 +10,15 @@ use std::path::Path;
 
 const FILE: &str = "counters";
 /// Temporary file. A killed process leaves it behind, and the next write truncates it.
-const NEW: &str = "counters.new";
+const TEMPORARY_FILE: &str = "counters.new";
 /// Name that a damaged file is renamed to.
-const DAMAGED: &str = "counters.damaged";
+const DAMAGED_FILE: &str = "counters.damaged";
 
 const VERSION: u32 = 1;
 
 /// Maximum size of the file, in bytes; a larger file counts as damaged. With all hours it has 30
 /// KiB.
-const MAX_FILE: u64 = 256 * 1024;
+const MAX_FILE_BYTES: u64 = 256 * 1024;
 
 /// Content of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,7 +51,7 @@ pub(super) fn load(dir: &Path) -> Result<Option<SavedCounters>, LoadError> {
     let name = path.display();
     let read = File::open(&path).and_then(|file| {
         let mut bytes = Vec::new();
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+        file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     });
     let bytes = match read {
@@ -67,8 +67,10 @@ pub(super) fn load(dir: &Path) -> Result<Option<SavedCounters>, LoadError> {
     let saved = json.and_then(|json| serde_json::from_value::<SavedCounters>(json).ok());
     match saved.filter(|saved| saved.version == VERSION && saved.hours.len() <= MAX_HOURS) {
         Some(saved) => Ok(Some(saved)),
-        None => match fs::rename(&path, dir.join(DAMAGED)) {
-            Ok(()) => Err(LoadError::Damaged(format!("{name}: damaged, and now called {DAMAGED}"))),
+        None => match fs::rename(&path, dir.join(DAMAGED_FILE)) {
+            Ok(()) => {
+                Err(LoadError::Damaged(format!("{name}: damaged, and now called {DAMAGED_FILE}")))
+            }
             Err(e) => {
                 Err(LoadError::Unreadable(format!("{name}: damaged, and cannot be renamed: {e}")))
             }
@@ -84,10 +86,10 @@ pub(super) fn store(dir: &Path, saved: &SavedCounters) -> io::Result<()> {
     let flags =
         OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
-    let mut file = File::from(rustix::fs::openat(&dir, NEW, flags, mode)?);
+    let mut file = File::from(rustix::fs::openat(&dir, TEMPORARY_FILE, flags, mode)?);
     file.write_all(&serde_json::to_vec(saved)?)?;
     file.sync_all()?;
-    renameat(&dir, NEW, &dir, FILE)?;
+    renameat(&dir, TEMPORARY_FILE, &dir, FILE)?;
     Ok(fsync(&dir)?)
 }
 
@@ -118,7 +120,7 @@ mod tests {
         store(&dir, &saved()).unwrap();
         assert_eq!(load(&dir).unwrap(), Some(saved()));
         // A partial file, as after a power failure.
-        fs::write(dir.join(NEW), b"{\"versi").unwrap();
+        fs::write(dir.join(TEMPORARY_FILE), b"{\"versi").unwrap();
         assert_eq!(load(&dir).unwrap(), Some(saved()));
         store(&dir, &saved()).unwrap();
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing is left beside it");
@@ -143,7 +145,7 @@ mod tests {
             fs::write(dir.join(FILE), &text).unwrap();
             let Err(LoadError::Damaged(why)) = load(&dir) else { panic!("{text:.80}") };
             assert!(why.contains("counters: damaged") && !why.contains('\n'), "{why}");
-            assert_eq!(fs::read_to_string(dir.join(DAMAGED)).unwrap(), text);
+            assert_eq!(fs::read_to_string(dir.join(DAMAGED_FILE)).unwrap(), text);
             assert!(load(&dir).unwrap().is_none());
         }
         fs::remove_dir_all(&dir).unwrap();

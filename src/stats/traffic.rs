@@ -91,7 +91,7 @@ impl Traffic {
         Traffic { peers: HashMap::new(), started }
     }
 
-    pub fn of(&mut self, key: TrafficKey, now: Instant) -> Arc<PeerTraffic> {
+    pub fn entry(&mut self, key: TrafficKey, now: Instant) -> Arc<PeerTraffic> {
         let at = u64::try_from(now.saturating_duration_since(self.started).as_millis())
             .unwrap_or(u64::MAX);
         if let Some(counts) = self.peers.get(&key) {
@@ -99,7 +99,7 @@ impl Traffic {
             return counts.clone();
         }
         if self.peers.len() >= MAX_PEERS {
-            self.forget_one();
+            self.evict_oldest();
         }
         // A WAN client may use any number of addresses.
         let may_have = key.network == Network::Lan || key.port != 0;
@@ -111,7 +111,7 @@ impl Traffic {
         counts
     }
 
-    fn forget_one(&mut self) {
+    fn evict_oldest(&mut self) {
         // Peers with a series come last: a replacement would get a new series, and their number
         // would grow.
         let age = |counts: &PeerTraffic| (counts.has_series(), counts.last.load(Ordering::Relaxed));
@@ -151,9 +151,9 @@ mod tests {
         let mut traffic = Traffic::new(start);
         for number in 0..2000 {
             let now = start + Duration::from_secs(number);
-            traffic.of(lan(number as u32), now);
+            traffic.entry(lan(number as u32), now);
             // A peer that is always active.
-            traffic.of(lan(0), now);
+            traffic.entry(lan(0), now);
         }
         let all = traffic.all();
         assert_eq!(all.len(), MAX_PEERS);
@@ -166,8 +166,8 @@ mod tests {
     fn wan_clients_have_no_series() {
         let (mut traffic, now) = (Traffic::new(Instant::now()), Instant::now());
         let stranger = TrafficKey::asker(Network::Wan, Ipv4Addr::new(203, 0, 113, 1).into());
-        assert!(!traffic.of(stranger, now).has_series());
-        assert!(traffic.of(lan(1), now).has_series());
+        assert!(!traffic.entry(stranger, now).has_series());
+        assert!(traffic.entry(lan(1), now).has_series());
     }
 
     #[test]
@@ -187,7 +187,7 @@ mod tests {
         let mut traffic = Traffic::new(start);
         let has_series = |number: u32| {
             let now = start + Duration::from_secs(number.into());
-            traffic.of(lan(number), now).has_series()
+            traffic.entry(lan(number), now).has_series()
         };
         assert_eq!((0..5000).map(has_series).filter(|has| *has).count(), MAX_SERIES);
     }

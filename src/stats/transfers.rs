@@ -34,7 +34,7 @@ pub struct RunningTransfer {
     pub began: Instant,
     bytes: AtomicU64,
     peer: Mutex<Option<(Network, SocketAddr)>>,
-    why: Mutex<Option<String>>,
+    reason: Mutex<Option<String>>,
 }
 
 impl RunningTransfer {
@@ -49,8 +49,8 @@ impl RunningTransfer {
     }
 
     /// Why the peer was chosen. `None` if there was no choice.
-    pub fn why(&self) -> Option<String> {
-        self.why.lock().clone()
+    pub fn reason(&self) -> Option<String> {
+        self.reason.lock().clone()
     }
 }
 
@@ -83,7 +83,7 @@ impl<'a> TransferGuard<'a> {
             began: Instant::now(),
             bytes: AtomicU64::new(0),
             peer: Mutex::default(),
-            why: Mutex::default(),
+            reason: Mutex::default(),
         };
         TransferGuard { stats, running: Some(Arc::new(running)), peer: None }
     }
@@ -93,24 +93,24 @@ impl<'a> TransferGuard<'a> {
     }
 
     /// Sets the current peer.
-    pub fn with(&mut self, network: Network, peer: SocketAddr) {
+    pub fn set_peer(&mut self, network: Network, peer: SocketAddr) {
         let Some(running) = &self.running else { return };
         *running.peer.lock() = Some((network, peer));
         let key = match running.direction {
             Direction::In => TrafficKey::server(network, peer),
             Direction::Out => TrafficKey::asker(network, peer.ip()),
         };
-        self.peer = Some((network, self.stats.counts(key)));
+        self.peer = Some((network, self.stats.peer_traffic(key)));
     }
 
     /// Sets the reason for the choice of the peer, as text for the status.
-    pub fn explain(&self, why: &str) {
+    pub fn set_reason(&self, reason: &str) {
         let Some(running) = &self.running else { return };
-        *running.why.lock() = Some(why.to_owned());
+        *running.reason.lock() = Some(reason.to_owned());
     }
 
     /// Counts bytes that were received from, or sent to, the current peer.
-    pub fn moved(&self, bytes: u64) {
+    pub fn record_bytes(&self, bytes: u64) {
         let (Some(running), Some((network, counts))) = (&self.running, &self.peer) else { return };
         let (count, of_peer) = match (running.direction, network) {
             (Direction::In, Network::Lan) => (Counter::ReceivedLan, &counts.received),
@@ -127,7 +127,7 @@ impl<'a> TransferGuard<'a> {
     }
 
     /// Sets the number of bytes transferred. It decreases if the transfer starts again.
-    pub fn progress(&self, bytes: u64) {
+    pub fn set_progress(&self, bytes: u64) {
         self.running.iter().for_each(|running| running.bytes.store(bytes, Ordering::Relaxed));
     }
 
@@ -150,6 +150,6 @@ impl<'a> TransferGuard<'a> {
 
 impl Drop for TransferGuard<'_> {
     fn drop(&mut self) {
-        self.running.iter().for_each(|running| self.stats.ended(running.id));
+        self.running.iter().for_each(|running| self.stats.remove_transfer(running.id));
     }
 }

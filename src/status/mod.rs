@@ -234,7 +234,7 @@ impl StatusService {
             version: VERSION,
             time: now.unix(),
             node: NodeReport {
-                state_dir: self.stats.kept_in().map(|dir| dir.display().to_string()),
+                state_dir: self.stats.state_dir().map(|dir| dir.display().to_string()),
                 peer_id: self
                     .trackers
                     .iter()
@@ -540,26 +540,26 @@ fn empty(address: SocketAddr, network: Network) -> PeerReport {
     }
 }
 
-fn lookup(looked: stats::LookupRecord) -> LookupReport {
-    let (hit, miss) = match looked.result {
+fn lookup(lookup_record: stats::LookupRecord) -> LookupReport {
+    let (hit, miss) = match lookup_record.result {
         Ok(hit) => (Some(hit), None),
         Err(miss) => (None, Some(MissReport { code: miss.code(), text: miss.to_string() })),
     };
     LookupReport {
-        time: unix(looked.at),
-        hash_part: looked.hash_part.to_string(),
+        time: unix(lookup_record.at),
+        hash_part: lookup_record.hash_part.to_string(),
         name: hit.as_ref().map(|hit| hit.name.to_string()),
         hit: hit.is_some(),
         peer: hit.as_ref().map(|hit| hit.peer.to_string()),
         network: hit.as_ref().map(|hit| hit.network.as_str()),
-        seconds: seconds(looked.took),
+        seconds: seconds(lookup_record.elapsed),
         miss,
     }
 }
 
 fn transfer(running: &stats::RunningTransfer, now: ClockReading) -> TransferReport {
     let peer = running.peer();
-    let took = now.instant.saturating_duration_since(running.began).as_secs_f64();
+    let elapsed = now.instant.saturating_duration_since(running.began).as_secs_f64();
     let bytes = running.bytes();
     TransferReport {
         id: running.id,
@@ -570,12 +570,12 @@ fn transfer(running: &stats::RunningTransfer, now: ClockReading) -> TransferRepo
         name: running.name.clone(),
         peer: peer.map(|(_, address)| address.to_string()),
         network: peer.map(|(network, _)| network.as_str()),
-        reason: running.why(),
+        reason: running.reason(),
         started: unix(running.at),
         bytes,
         size: running.size,
         // Too short for a meaningful rate.
-        bytes_per_second: if took < 1e-3 { 0 } else { (bytes as f64 / took) as u64 },
+        bytes_per_second: if elapsed < 1e-3 { 0 } else { (bytes as f64 / elapsed) as u64 },
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 
 /// The longest log that is served, in bytes after decompression; longer logs are an error. The
 /// length is found by decompressing the log once.
-pub const MAX_LOG: u64 = 64 << 20;
+pub const MAX_LOG_BYTES: u64 = 64 << 20;
 
 /// An open build log, decompressed.
 pub struct BuildLog {
@@ -42,7 +42,7 @@ impl BuildLog {
             let name = if compressed { format!("{rest}.bz2") } else { rest.to_owned() };
             let failed = |cause: io::Error| StoreError::Log { file: dir.join(&name), cause };
             let Some(file) = open_file(&dir, &name).map_err(failed)? else { continue };
-            return Self::measure(file, compressed, MAX_LOG).map(Some).map_err(failed);
+            return Self::measure(file, compressed, MAX_LOG_BYTES).map(Some).map_err(failed);
         }
         Ok(None)
     }

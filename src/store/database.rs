@@ -50,10 +50,10 @@ macro_rules! paths {
 const TABLE_EXISTS: &str = "select 1 from sqlite_master where type = 'table' and name = ?1";
 
 // The range selects the paths with the hash part: '.' is the successor of '-' in ASCII.
-const LOOKUP: &str = paths!("path >= ?1 and path < ?2 order by path limit 1");
+const LOOKUP_SQL: &str = paths!("path >= ?1 and path < ?2 order by path limit 1");
 
 // No LIMIT: rows that cannot be parsed are skipped and must not count.
-const AFTER: &str = paths!("id > ?1 order by id");
+const AFTER_SQL: &str = paths!("id > ?1 order by id");
 
 /// A table of realisations. Nix creates it only if `ca-derivations` is enabled, and each format has
 /// its own table.
@@ -83,7 +83,7 @@ const BY_PATH: &[RealisationTable] = &[RealisationTable {
     dependencies: "",
 }];
 
-const COUNT: &str = "select count(*), coalesce(max(id), 0) from ValidPaths";
+const COUNT_SQL: &str = "select count(*), coalesce(max(id), 0) from ValidPaths";
 
 /// Identity of a file: device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,9 +136,9 @@ pub(super) struct Database {
     pub(super) mode: OpenMode,
     /// Result of the last count, with the `data_version` at which it was taken. Only this
     /// connection can compare that value.
-    counted: Cell<Option<(i64, StoreVersion)>>,
+    cached_census: Cell<Option<(i64, StoreVersion)>>,
     /// `data_version` at the last call of [`Database::record_data_version`].
-    seen: Cell<Option<i64>>,
+    data_version: Cell<Option<i64>>,
 }
 
 impl Database {
@@ -166,8 +166,8 @@ impl Database {
             path: path.to_owned(),
             file,
             mode,
-            counted: Cell::default(),
-            seen: Cell::default(),
+            cached_census: Cell::default(),
+            data_version: Cell::default(),
         };
         database.set_busy_timeout(timeout)?;
         database
@@ -189,13 +189,15 @@ impl Database {
         part: &HashPart,
     ) -> Result<Option<PathInfo>, DatabaseError> {
         let fail = |error| classify(&self.path, error);
-        let mut statement = self.connection.prepare_cached(LOOKUP).map_err(fail)?;
+        let mut statement = self.connection.prepare_cached(LOOKUP_SQL).map_err(fail)?;
         let from = format!("{}/{part}-", store_dir.as_str());
         let to = format!("{}/{part}.", store_dir.as_str());
         let mut rows = statement.query([from, to]).map_err(fail)?;
         match rows.next().map_err(fail)? {
             None => Ok(None),
-            Some(row) => Ok(Some(typed(store_dir, row).map_err(|cause| unreadable(row, cause))?)),
+            Some(row) => {
+                Ok(Some(parse_path_info(store_dir, row).map_err(|cause| unreadable(row, cause))?))
+            }
         }
     }
 
@@ -227,7 +229,7 @@ impl Database {
             let mut rows = statement.query([derivation, &id.output]).map_err(fail)?;
             let Some(row) = rows.next().map_err(fail)? else { continue };
             let unreadable = |cause| StoreError::Row { path: id.to_string(), cause };
-            let mut realisation = realised(store_dir, id, row).map_err(unreadable)?;
+            let mut realisation = parse_realisation(store_dir, id, row).map_err(unreadable)?;
             if !table.dependencies.is_empty() {
                 let row_id: i64 = row.get(2).map_err(fail)?;
                 let mut statement =
@@ -270,13 +272,13 @@ impl Database {
         limit: usize,
     ) -> Result<Vec<(i64, PathInfo)>, DatabaseError> {
         let fail = |error| classify(&self.path, error);
-        let mut statement = self.connection.prepare_cached(AFTER).map_err(fail)?;
+        let mut statement = self.connection.prepare_cached(AFTER_SQL).map_err(fail)?;
         let mut rows = statement.query([row_id]).map_err(fail)?;
         let mut paths = Vec::new();
         while paths.len() < limit
             && let Some(row) = rows.next().map_err(fail)?
         {
-            match typed(store_dir, row) {
+            match parse_path_info(store_dir, row) {
                 Ok(info) => paths.push((row.get(7).map_err(fail)?, info)),
                 Err(cause) => log::debug!("{}", unreadable(row, cause)),
             }
@@ -288,7 +290,7 @@ impl Database {
     /// first call. Stores the current state for the next call. Takes 2 µs.
     pub(super) fn record_data_version(&self) -> Result<bool, DatabaseError> {
         let now = Some(self.data_version()?);
-        Ok(self.seen.replace(now) != now)
+        Ok(self.data_version.replace(now) != now)
     }
 
     /// Returns SQLite's `data_version`, which differs after another connection of any process has
@@ -305,12 +307,12 @@ impl Database {
         let fail = |error| classify(&self.path, error);
         // Read before counting, so that a commit in between causes another count next time.
         let data_version = self.data_version()?;
-        if let Some((counted_at, census)) = self.counted.get()
+        if let Some((counted_at, census)) = self.cached_census.get()
             && counted_at == data_version
         {
             return Ok(census);
         }
-        let mut statement = self.connection.prepare_cached(COUNT).map_err(fail)?;
+        let mut statement = self.connection.prepare_cached(COUNT_SQL).map_err(fail)?;
         let (count, last_id): (i64, i64) =
             statement.query_one([], |row| Ok((row.get(0)?, row.get(1)?))).map_err(fail)?;
         let census = StoreVersion {
@@ -318,7 +320,7 @@ impl Database {
             last_id,
             version: NEXT_VERSION.fetch_add(1, Ordering::Relaxed),
         };
-        self.counted.set(Some((data_version, census)));
+        self.cached_census.set(Some((data_version, census)));
         Ok(census)
     }
 }
@@ -374,7 +376,7 @@ fn unreadable(row: &Row<'_>, cause: Malformed) -> StoreError {
     StoreError::Row { path, cause }
 }
 
-fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
+fn parse_path_info(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
     let required = |column, what| text(row, column)?.ok_or(Malformed::new(what, "null"));
     let path = store_dir.parse_path(required(0, "store path")?)?;
     let nar_hash = NarHash::parse(required(1, "NAR hash")?)?;
@@ -400,7 +402,11 @@ fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
     Ok(PathInfo { path, nar_hash, nar_size, references, deriver, signatures, ca })
 }
 
-fn realised(store_dir: &StoreDir, id: &DrvOutput, row: &Row<'_>) -> Result<Realisation, Malformed> {
+fn parse_realisation(
+    store_dir: &StoreDir,
+    id: &DrvOutput,
+    row: &Row<'_>,
+) -> Result<Realisation, Malformed> {
     let path = text(row, 0)?.ok_or(Malformed::new("output path", "null"))?;
     let out_path =
         if path.starts_with('/') { store_dir.parse_path(path)? } else { StorePath::parse(path)? };

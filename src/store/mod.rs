@@ -31,7 +31,7 @@ use walk::Walk;
 /// Most connections to the database for lookups, shared by all threads; further lookups wait for
 /// one. A lookup takes some 10 µs, so more connections than processors gain little, and each costs
 /// memory and three file descriptors.
-const CONNECTIONS: usize = 4;
+const MAX_CONNECTIONS: usize = 4;
 /// Longest wait of a lookup for locks and for a free connection; then it fails with
 /// [`StoreError::Busy`].
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,7 +40,7 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 const QUICK_TIMEOUT: Duration = Duration::from_millis(50);
 /// Number of paths whose files are checked when the store is opened. If none of them has files, the
 /// store's files are in another directory.
-const SAMPLE: usize = 16;
+const SAMPLE_PATHS: usize = 16;
 
 /// Location of the store.
 #[derive(Debug, Clone)]
@@ -101,7 +101,7 @@ impl Store {
     pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
         let store = Store::open_database(config)?;
         let files = store.config.files();
-        let some = store.paths_after(0, SAMPLE)?;
+        let some = store.paths_after(0, SAMPLE_PATHS)?;
         let is_there = |path: &StorePath| files.join(path.base_name()).symlink_metadata().is_ok();
         if !some.is_empty() && !some.iter().any(|(_, info)| is_there(&info.path)) {
             return Err(StoreError::NoFiles { db: store.config.db, files });
@@ -128,7 +128,7 @@ impl Store {
             path_info_cache: PathInfoCache::default(),
             lookups: ConnectionPool::new(
                 place.clone(),
-                CONNECTIONS,
+                MAX_CONNECTIONS,
                 LOOKUP_TIMEOUT,
                 log::Level::Info,
             ),
@@ -152,18 +152,19 @@ impl Store {
     /// not block; the inner `None` means that no such path is valid. Returns `None` if there is no
     /// such answer. It waits for no database lock, no connection and no disk.
     ///
-    /// `now` is the cache generation. If it is `None`, the generation is read from the database and
-    /// stored there, for reuse in further lookups that were requested before this call.
-    pub fn path_info_at_once(
+    /// `generation` is the cache generation. If it is `None`, the generation is read from the
+    /// database and stored there, for reuse in further lookups that were requested before this
+    /// call.
+    pub fn try_path_info(
         &self,
         part: &HashPart,
-        now: &mut Option<u64>,
+        generation: &mut Option<u64>,
     ) -> Option<Option<Arc<PathInfo>>> {
-        let now = match *now {
-            Some(now) => now,
-            None => *now.insert(self.lookups.generation_at_once(&self.path_info_cache)?),
+        let generation = match *generation {
+            Some(generation) => generation,
+            None => *generation.insert(self.lookups.try_generation(&self.path_info_cache)?),
         };
-        self.path_info_cache.get(part, now)
+        self.path_info_cache.get(part, generation)
     }
 
     /// Frees the memory of the cached answers. Call it when the server becomes idle.
@@ -219,8 +220,8 @@ impl Store {
 
     /// Returns the NAR of a path that is a single regular file, if the NAR has at most 16 KiB and
     /// the kernel has the file in memory. Never blocks on the disk.
-    pub fn nar_at_once(&self, info: &PathInfo) -> Option<Vec<u8>> {
-        nar::at_once(&self.config.files(), info)
+    pub fn try_nar(&self, info: &PathInfo) -> Option<Vec<u8>> {
+        nar::try_small(&self.config.files(), info)
     }
 
     /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB. Blocks on the

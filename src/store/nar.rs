@@ -85,7 +85,7 @@ pub(super) fn write(
                 stream.put(&structure)?;
                 structure.clear();
                 if stream.position.checked_add(file.size).is_none_or(|end| end > nar_size) {
-                    return Err(walk.changed(LARGER));
+                    return Err(walk.changed(LARGER_THAN_REGISTERED));
                 }
                 stream.put_file(&walk, &mut file)?;
                 structure.extend_from_slice(nar::padding(file.size));
@@ -96,9 +96,9 @@ pub(super) fn write(
             structure.extend_from_slice(&nar::CLOSE);
         }
         if stream.position + structure.len() as u64 > nar_size {
-            return Err(walk.changed(LARGER));
+            return Err(walk.changed(LARGER_THAN_REGISTERED));
         }
-        if structure.len() >= STRUCTURE {
+        if structure.len() >= MAX_STRUCTURE_BYTES {
             stream.put(&structure)?;
             structure.clear();
         }
@@ -113,25 +113,30 @@ pub(super) fn write(
     stream.flush()
 }
 
-/// The largest NAR that [`at_once`] makes, in bytes; larger ones give `None`.
-const SMALL: u64 = 16 << 10;
+/// The largest NAR that [`try_small`] makes, in bytes; larger ones give `None`.
+const MAX_SMALL_NAR_BYTES: u64 = 16 << 10;
 
 /// Returns the NAR of a path that is one small file, if the kernel has the file in memory. Never
 /// blocks on the disk.
-pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
-    if info.nar_size > SMALL {
+pub(super) fn try_small(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
+    if info.nar_size > MAX_SMALL_NAR_BYTES {
         return None;
     }
-    let file =
-        openat2(CWD, files.join(info.path.base_name()), FILE, Mode::empty(), ResolveFlags::CACHED)
-            .ok()?;
+    let file = openat2(
+        CWD,
+        files.join(info.path.base_name()),
+        FILE_FLAGS,
+        Mode::empty(),
+        ResolveFlags::CACHED,
+    )
+    .ok()?;
     let (size, executable) = regular(&fstat(&file).ok()?)?;
     if nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
         return None;
     }
-    // At most [`SMALL`]. One byte more is read, to see that the file ends there.
+    // At most [`MAX_SMALL_NAR_BYTES`]. One byte more is read, to see that the file ends there.
     let size = size as usize;
-    let mut nar = Vec::with_capacity(SMALL as usize + 1);
+    let mut nar = Vec::with_capacity(MAX_SMALL_NAR_BYTES as usize + 1);
     nar.extend_from_slice(&nar::MAGIC);
     nar::regular_open(&mut nar, executable, size as u64);
     let begin = nar.len();
@@ -143,7 +148,7 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
         ReadWriteFlags::NOWAIT,
     ) {
         // tmpfs does not support RWF_NOWAIT, but is always in memory.
-        Err(Errno::OPNOTSUPP) if fstatfs(&file).ok()?.f_type == TMPFS => {
+        Err(Errno::OPNOTSUPP) if fstatfs(&file).ok()?.f_type == TMPFS_MAGIC => {
             pread(&file, &mut nar[begin..], 0)
         }
         read => read,
@@ -158,17 +163,17 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
 }
 
 /// `TMPFS_MAGIC` of Linux, for systems whose store is in memory.
-const TMPFS: FsWord = 0x0102_1994;
+const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// Flags to open a file. With NONBLOCK, opening a FIFO that replaced the file does not wait for a
 /// writer.
-const FILE: OFlags =
+const FILE_FLAGS: OFlags =
     OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
 /// Structure (all bytes but file contents) is put into the stream before the next file, or when it
 /// reaches this many bytes.
-const STRUCTURE: usize = 16 << 10;
-const LARGER: &str = "larger than what was registered";
+const MAX_STRUCTURE_BYTES: usize = 16 << 10;
+const LARGER_THAN_REGISTERED: &str = "larger than what was registered";
 
 /// A regular file as it was found, opened or not.
 pub(super) struct OpenedFile {
@@ -214,7 +219,7 @@ fn regular(stat: &Stat) -> Option<(u64, bool)> {
 }
 
 fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {
-    openat(directory, name, FILE, Mode::empty())
+    openat(directory, name, FILE_FLAGS, Mode::empty())
 }
 
 /// Output stream of a NAR. It drops the bytes outside the range, and always retains the last piece
@@ -396,7 +401,7 @@ mod tests {
     #[test]
     fn nar_at_once_is_none_for_large_or_changed_files() {
         use std::os::unix::fs::PermissionsExt;
-        for size in [0, 1, 7, 8, 3900, SMALL as usize - 160] {
+        for size in [0, 1, 7, 8, 3900, MAX_SMALL_NAR_BYTES as usize - 160] {
             for mode in [0o444, 0o555] {
                 let fixture = Fixture::in_memory();
                 let (info, nar) = fixture.add(|root| {
@@ -404,24 +409,24 @@ mod tests {
                     fs::set_permissions(root, fs::Permissions::from_mode(mode)).unwrap();
                 });
                 let store = fixture.open();
-                assert_eq!(store.nar_at_once(&info), Some(nar), "{size}");
+                assert_eq!(store.try_nar(&info), Some(nar), "{size}");
                 let file = fixture.absolute(info.path.base_name());
                 fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
                 fs::write(&file, vec![b'x'; size + 9]).unwrap();
-                assert_eq!(store.nar_at_once(&info), None, "{size}: has grown");
+                assert_eq!(store.try_nar(&info), None, "{size}: has grown");
                 fs::remove_file(&file).unwrap();
-                assert_eq!(store.nar_at_once(&info), None, "{size}: is gone");
+                assert_eq!(store.try_nar(&info), None, "{size}: is gone");
             }
         }
         let makes: [fn(&Path); 3] = [
-            |root| fs::write(root, vec![b'x'; SMALL as usize]).unwrap(),
+            |root| fs::write(root, vec![b'x'; MAX_SMALL_NAR_BYTES as usize]).unwrap(),
             |root| symlink("/etc/passwd", root).unwrap(),
             |root| fs::create_dir(root).unwrap(),
         ];
         for make in makes {
             let fixture = Fixture::in_memory();
             let (info, _) = fixture.add(make);
-            assert_eq!(fixture.open().nar_at_once(&info), None);
+            assert_eq!(fixture.open().try_nar(&info), None);
         }
     }
 

@@ -16,12 +16,12 @@ use std::{mem, sync::Arc};
 const MAX_BYTES: usize = 24 << 20;
 /// Largest answer that is cached, in bytes. Few paths have so many references, and each of them
 /// would displace more than a hundred others.
-const MAX_ANSWER: usize = 256 << 10;
+const MAX_ENTRY_BYTES: usize = 256 << 10;
 /// Estimated size of an answer beyond its [`PathInfo`], in bytes: the map's entry and the overhead
 /// of the allocator.
-const OVERHEAD: usize = 128;
+const ENTRY_OVERHEAD_BYTES: usize = 128;
 /// Estimated overhead of the allocator per string, in bytes.
-const TEXT: usize = 16;
+const STRING_OVERHEAD_BYTES: usize = 16;
 
 /// A cached answer; `None` if no such path is valid.
 pub(super) type CachedInfo = Option<Arc<PathInfo>>;
@@ -30,7 +30,7 @@ pub(super) type CachedInfo = Option<Arc<PathInfo>>;
 #[derive(Debug, Default)]
 pub(super) struct PathInfoCache {
     newest: Mutex<CacheGeneration>,
-    answers: Mutex<CachedInfos>,
+    infos: Mutex<CachedInfos>,
 }
 
 /// The newest state of the database that some connection has seen.
@@ -67,8 +67,8 @@ impl PathInfoCache {
 
     /// Returns the cached answer, if the cache is of that generation.
     pub(super) fn get(&self, part: &HashPart, generation: u64) -> Option<CachedInfo> {
-        let answers = self.answers.lock();
-        if answers.generation == generation { answers.infos.get(part).cloned() } else { None }
+        let infos = self.infos.lock();
+        if infos.generation == generation { infos.infos.get(part).cloned() } else { None }
     }
 
     /// Caches an answer that was read after [`PathInfoCache::generation`] returned `generation`. An
@@ -76,34 +76,34 @@ impl PathInfoCache {
     pub(super) fn put(&self, part: HashPart, generation: u64, answer: &CachedInfo) {
         let bytes = cost(answer);
         let mut outdated = BoundedMap::default();
-        let mut answers = self.answers.lock();
-        if generation < answers.generation || bytes > MAX_ANSWER {
+        let mut infos = self.infos.lock();
+        if generation < infos.generation || bytes > MAX_ENTRY_BYTES {
             return;
         }
-        if generation > answers.generation {
-            answers.generation = generation;
-            outdated = mem::take(&mut answers.infos);
+        if generation > infos.generation {
+            infos.generation = generation;
+            outdated = mem::take(&mut infos.infos);
         }
-        answers.infos.insert_with_cost(part, answer.clone(), bytes);
-        drop(answers);
+        infos.infos.insert_with_cost(part, answer.clone(), bytes);
+        drop(infos);
         drop(outdated); // after unlocking: it may have thousands of entries
     }
 
     /// Drops all answers and frees their memory.
     pub(super) fn clear(&self) {
-        let outdated = mem::take(&mut self.answers.lock().infos);
+        let outdated = mem::take(&mut self.infos.lock().infos);
         drop(outdated); // after unlocking
     }
 }
 
 /// Returns the estimated memory of a cached answer, in bytes.
 fn cost(answer: &CachedInfo) -> usize {
-    OVERHEAD + answer.as_deref().map_or(0, size)
+    ENTRY_OVERHEAD_BYTES + answer.as_deref().map_or(0, size)
 }
 
 /// Returns the estimated memory of `info`, in bytes.
 fn size(info: &PathInfo) -> usize {
-    let text = |text: &str| text.len() + TEXT;
+    let text = |text: &str| text.len() + STRING_OVERHEAD_BYTES;
     let path = |path: &crate::nix::StorePath| size_of_val(path) + text(path.base_name());
     size_of_val(info)
         + path(&info.path)
@@ -139,7 +139,7 @@ mod tests {
             // Each of these uses another connection or the cache alone.
             let slow = of(store.path_info(&part).unwrap());
             assert_eq!(of(store.path_infos_quickly(&[part]).unwrap().remove(0)), slow);
-            assert_eq!(store.path_info_at_once(&part, &mut None).map(of), Some(slow));
+            assert_eq!(store.try_path_info(&part, &mut None).map(of), Some(slow));
             slow
         };
         for n in 1..50 {
@@ -181,10 +181,10 @@ mod tests {
         let part = fixture.register(&"1".repeat(32), 120).hash_part();
         store.path_info(&part).unwrap();
         fixture.execute("begin exclusive");
-        assert_eq!(store.path_info_at_once(&part, &mut None), None);
+        assert_eq!(store.try_path_info(&part, &mut None), None);
         // Nothing was committed, so the cached answer is still valid.
         fixture.execute("rollback");
-        assert!(store.path_info_at_once(&part, &mut None).is_some());
+        assert!(store.try_path_info(&part, &mut None).is_some());
     }
 
     #[test]
@@ -192,14 +192,14 @@ mod tests {
         let fixture = Fixture::new();
         let store = fixture.open();
         let path = fixture.register(&"1".repeat(32), 120);
-        assert_eq!(store.path_info_at_once(&path.hash_part(), &mut None), None);
+        assert_eq!(store.try_path_info(&path.hash_part(), &mut None), None);
         store.path_info(&path.hash_part()).unwrap().unwrap();
-        assert!(store.path_info_at_once(&path.hash_part(), &mut None).unwrap().is_some());
-        assert_eq!(store.path_info_at_once(&part(7), &mut None), None);
+        assert!(store.try_path_info(&path.hash_part(), &mut None).unwrap().is_some());
+        assert_eq!(store.try_path_info(&part(7), &mut None), None);
         assert_eq!(store.path_info(&part(7)).unwrap(), None);
-        assert_eq!(store.path_info_at_once(&part(7), &mut None), Some(None));
+        assert_eq!(store.try_path_info(&part(7), &mut None), Some(None));
         store.clear_cache();
-        assert_eq!(store.path_info_at_once(&part(7), &mut None), None);
+        assert_eq!(store.try_path_info(&part(7), &mut None), None);
     }
 
     #[test]
@@ -223,18 +223,23 @@ mod tests {
         let path = fixture.register(&"1".repeat(32), 120);
         let info = fixture.open().path_info(&path.hash_part()).unwrap();
         let (kept, large) = (PathInfoCache::default(), cost(&info));
-        assert!(large > OVERHEAD);
-        for (answer, bytes) in [(&None, OVERHEAD), (&info, large), (&None, OVERHEAD)] {
+        assert!(large > ENTRY_OVERHEAD_BYTES);
+        for (answer, bytes) in
+            [(&None, ENTRY_OVERHEAD_BYTES), (&info, large), (&None, ENTRY_OVERHEAD_BYTES)]
+        {
             kept.put(part(1), 1, answer);
-            assert_eq!(kept.answers.lock().infos.used(), bytes);
+            assert_eq!(kept.infos.lock().infos.used(), bytes);
         }
     }
 
     #[test]
     fn cache_size_is_bounded() {
-        let (kept, last) = (PathInfoCache::default(), MAX_BYTES / OVERHEAD);
+        let (kept, last) = (PathInfoCache::default(), MAX_BYTES / ENTRY_OVERHEAD_BYTES);
         (0..=last).for_each(|n| kept.put(part(n), 1, &None));
-        assert_eq!(kept.answers.lock().infos.used(), MAX_BYTES / OVERHEAD * OVERHEAD);
+        assert_eq!(
+            kept.infos.lock().infos.used(),
+            MAX_BYTES / ENTRY_OVERHEAD_BYTES * ENTRY_OVERHEAD_BYTES
+        );
         assert_eq!((kept.get(&part(0), 1), kept.get(&part(last), 1)), (None, Some(None)));
     }
 }

@@ -33,7 +33,7 @@ use std::{
 
 /// Interval between checks whether another file has replaced the open database. A replaced file is
 /// read for at most this much longer.
-const REPLACEMENT_CHECK: Duration = Duration::from_secs(1);
+const REPLACEMENT_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest wait for nix-daemon, which starts a process for each connection; then it counts as
 /// unavailable.
 const DAEMON_TIMEOUT: Timeout = Timeout::from_secs(2);
@@ -82,7 +82,7 @@ type DatabaseQuery<'a, T> = dyn Fn(&Database) -> Result<T, DatabaseError> + 'a;
 pub(super) struct ConnectionPool {
     location: DatabaseLocation,
     /// Most connections; further queries wait until one is returned.
-    connections: usize,
+    max_connections: usize,
     /// Longest wait of one query for locks and for a connection; then it fails with
     /// [`StoreError::Busy`].
     timeout: Duration,
@@ -107,13 +107,13 @@ struct PoolState {
 impl ConnectionPool {
     pub(super) fn new(
         location: DatabaseLocation,
-        connections: usize,
+        max_connections: usize,
         timeout: Duration,
         level: log::Level,
     ) -> Self {
         ConnectionPool {
             location,
-            connections,
+            max_connections,
             timeout,
             level,
             state: Mutex::default(),
@@ -125,23 +125,23 @@ impl ConnectionPool {
     /// most `timeout` on locks and connections.
     pub(super) fn path_info(
         &self,
-        kept: &PathInfoCache,
+        cache: &PathInfoCache,
         part: &HashPart,
     ) -> Result<CachedInfo, StoreError> {
-        self.read(&|database| self.look_up(database, kept, generation(database, kept)?, part))
+        self.read(&|database| self.look_up(database, cache, generation(database, cache)?, part))
     }
 
     /// Looks up the valid paths with these hash parts. A malformed row counts as absent. Blocks for
     /// at most `timeout` on locks and connections.
     pub(super) fn path_infos(
         &self,
-        kept: &PathInfoCache,
+        cache: &PathInfoCache,
         parts: &[HashPart],
     ) -> Result<Vec<CachedInfo>, StoreError> {
         self.read(&|database| {
             // Taken before the transaction, whose reads then see this generation or a later state.
-            let generation = generation(database, kept)?;
-            let look_up = |part| match self.look_up(database, kept, generation, part) {
+            let generation = generation(database, cache)?;
+            let look_up = |part| match self.look_up(database, cache, generation, part) {
                 Err(DatabaseError::Error(error @ StoreError::Row { .. })) => {
                     log::debug!("{error}");
                     Ok(None)
@@ -157,28 +157,28 @@ impl ConnectionPool {
     fn look_up(
         &self,
         database: &Database,
-        kept: &PathInfoCache,
+        cache: &PathInfoCache,
         generation: Option<u64>,
         part: &HashPart,
     ) -> Result<CachedInfo, DatabaseError> {
-        if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
+        if let Some(answer) = generation.and_then(|generation| cache.get(part, generation)) {
             return Ok(answer);
         }
         let answer = database.path_info(&self.location.store_dir, part)?.map(Arc::new);
         if let Some(generation) = generation {
-            kept.put(*part, generation, &answer);
+            cache.put(*part, generation, &answer);
         }
         Ok(answer)
     }
 
     /// Returns the cache generation of the database; `None` if that would wait for a connection or
     /// a lock, or if no connection is open.
-    pub(super) fn generation_at_once(&self, kept: &PathInfoCache) -> Option<u64> {
-        self.notice_replacement().ok()?;
+    pub(super) fn try_generation(&self, cache: &PathInfoCache) -> Option<u64> {
+        self.check_replacement().ok()?;
         let now = Instant::now();
         let mut lease = self.lease(now).ok()?;
         let database = lease.database.take()?;
-        let generation = ask(&database, &|database| kept.generation(database), now);
+        let generation = run_query(&database, &|database| cache.generation(database), now);
         // A lock held by a writer is no reason to reopen the database.
         if matches!(generation, Ok(_) | Err(DatabaseError::Error(StoreError::Busy { .. }))) {
             lease.database = Some(database);
@@ -186,14 +186,14 @@ impl ConnectionPool {
         generation.ok()
     }
 
-    /// Runs `question` on a connection, and on a new one if the open one fails. It may run more
-    /// than once. Blocks for at most `timeout` on locks and connections.
-    pub(super) fn read<T>(&self, question: &DatabaseQuery<'_, T>) -> Result<T, StoreError> {
+    /// Runs `query` on a connection, and on a new one if the open one fails. It may run more than
+    /// once. Blocks for at most `timeout` on locks and connections.
+    pub(super) fn read<T>(&self, query: &DatabaseQuery<'_, T>) -> Result<T, StoreError> {
         let deadline = Instant::now() + self.timeout;
-        self.notice_replacement()?;
+        self.check_replacement()?;
         let mut lease = self.lease(deadline)?;
         if let Some(database) = lease.database.take() {
-            match ask(&database, question, deadline) {
+            match run_query(&database, query, deadline) {
                 Ok(answer) => {
                     lease.database = Some(database);
                     return Ok(answer);
@@ -208,66 +208,66 @@ impl ConnectionPool {
                 Err(_) => drop(database),
             }
         }
-        self.open_and_ask(&mut lease, question, deadline)
+        self.open_and_query(&mut lease, query, deadline)
     }
 
-    fn open_and_ask<T>(
+    fn open_and_query<T>(
         &self,
         lease: &mut ConnectionLease<'_>,
-        question: &DatabaseQuery<'_, T>,
+        query: &DatabaseQuery<'_, T>,
         deadline: Instant,
     ) -> Result<T, StoreError> {
-        if let Some(told) = self.finish_attempt(
-            self.attempt(lease, OpenMode::Shared, question, deadline),
+        if let Some(result) = self.finish_attempt(
+            self.attempt(lease, OpenMode::Shared, query, deadline),
             OpenMethod::Plain,
         ) {
-            return told;
+            return result;
         }
-        let mut daemon_said = "not asked again so soon".to_owned();
+        let mut daemon_error = "not asked again so soon".to_owned();
         if self.try_begin_daemon_wake() {
             match daemon_socket::wake(
                 &self.location.daemon_socket,
                 deadline.min(Instant::now() + DAEMON_TIMEOUT.get()),
             ) {
                 Ok(_awake_until_we_have_opened_it) => {
-                    if let Some(told) = self.finish_attempt(
-                        self.attempt(lease, OpenMode::Shared, question, deadline),
+                    if let Some(result) = self.finish_attempt(
+                        self.attempt(lease, OpenMode::Shared, query, deadline),
                         OpenMethod::Daemon,
                     ) {
-                        return told;
+                        return result;
                     }
-                    daemon_said = "connected, but has another database open".to_owned();
+                    daemon_error = "connected, but has another database open".to_owned();
                 }
-                Err(error) => daemon_said = error.to_string(),
+                Err(error) => daemon_error = error.to_string(),
             }
         }
-        let mut fruitless = 0;
-        while fruitless < MAX_IMMUTABLE_ATTEMPTS && !left(deadline).is_zero() {
+        let mut idle_attempts = 0;
+        while idle_attempts < MAX_IMMUTABLE_ATTEMPTS && !left(deadline).is_zero() {
             let before = FileStamp::observe(&self.location.db);
             // A process that wrote a moment ago opens and closes the database, and is done in
             // another moment.
             let is_settled =
                 before.as_ref().is_none_or(|still| still.unsettled(SystemTime::now()).is_none());
-            fruitless = if is_settled { fruitless + 1 } else { 0 };
+            idle_attempts = if is_settled { idle_attempts + 1 } else { 0 };
             if let Some(before) = before.filter(|_| is_settled) {
-                let answer = self.attempt(lease, OpenMode::Immutable, question, deadline);
+                let answer = self.attempt(lease, OpenMode::Immutable, query, deadline);
                 lease.database = None; // for this one query only
                 if FileStamp::observe(&self.location.db) == Some(before)
-                    && let Some(told) = self.finish_attempt(answer, OpenMethod::Immutable)
+                    && let Some(result) = self.finish_attempt(answer, OpenMethod::Immutable)
                 {
-                    return told;
+                    return result;
                 }
             }
             // If a process is writing, the files exist now.
-            if let Some(told) = self.finish_attempt(
-                self.attempt(lease, OpenMode::Shared, question, deadline),
+            if let Some(result) = self.finish_attempt(
+                self.attempt(lease, OpenMode::Shared, query, deadline),
                 OpenMethod::Plain,
             ) {
-                return told;
+                return result;
             }
             thread::sleep(IMMUTABLE_RETRY_PAUSE.min(left(deadline)));
         }
-        Err(StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_said })
+        Err(StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_error })
     }
 
     /// Converts the result of an attempt and records the method that succeeded. `None` if the
@@ -275,11 +275,11 @@ impl ConnectionPool {
     fn finish_attempt<T>(
         &self,
         answer: Result<T, DatabaseError>,
-        way: OpenMethod,
+        method: OpenMethod,
     ) -> Option<Result<T, StoreError>> {
         match answer {
             Ok(answer) => {
-                self.record_open_method(way);
+                self.record_open_method(method);
                 Some(Ok(answer))
             }
             Err(DatabaseError::Error(error)) => Some(Err(error)),
@@ -291,12 +291,12 @@ impl ConnectionPool {
         &self,
         lease: &mut ConnectionLease<'_>,
         mode: OpenMode,
-        question: &DatabaseQuery<'_, T>,
+        query: &DatabaseQuery<'_, T>,
         deadline: Instant,
     ) -> Result<T, DatabaseError> {
         let database = Database::open(&self.location.db, mode, left(deadline))?;
         // SQLite opens the files only at the first query.
-        let answer = ask(&database, question, deadline);
+        let answer = run_query(&database, query, deadline);
         if matches!(answer, Ok(_) | Err(DatabaseError::Error(StoreError::Row { .. }))) {
             lease.database = Some(database);
         }
@@ -306,7 +306,7 @@ impl ConnectionPool {
     /// Waits until `deadline` for an idle connection or for the right to open one.
     fn lease(&self, deadline: Instant) -> Result<ConnectionLease<'_>, StoreError> {
         let full =
-            |state: &mut PoolState| state.idle.is_empty() && state.in_use >= self.connections;
+            |state: &mut PoolState| state.idle.is_empty() && state.in_use >= self.max_connections;
         let state = self.state.lock();
         let mut state = self.returned.wait_timeout_while(state, left(deadline), full);
         if full(&mut state) {
@@ -317,13 +317,13 @@ impl ConnectionPool {
         Ok(ConnectionLease { pool: self, database })
     }
 
-    fn notice_replacement(&self) -> Result<(), StoreError> {
+    fn check_replacement(&self) -> Result<(), StoreError> {
         let now = Instant::now();
         {
             let mut state = self.state.lock();
             if state
                 .file_checked
-                .is_some_and(|checked| now.duration_since(checked) < REPLACEMENT_CHECK)
+                .is_some_and(|checked| now.duration_since(checked) < REPLACEMENT_CHECK_INTERVAL)
             {
                 return Ok(());
             }
@@ -354,19 +354,19 @@ impl ConnectionPool {
     fn try_begin_daemon_wake(&self) -> bool {
         let now = Instant::now();
         let mut state = self.state.lock();
-        let may = state
+        let is_due = state
             .daemon_tried
             .is_none_or(|tried| now.duration_since(tried) >= DAEMON_RETRY_INTERVAL);
-        if may {
+        if is_due {
             state.daemon_tried = Some(now);
         }
-        may
+        is_due
     }
 
-    fn record_open_method(&self, way: OpenMethod) {
-        let before = self.state.lock().open_method.replace(way);
-        if before != Some(way) {
-            log::log!(self.level, "nix database {}: {way}", self.location.db.display());
+    fn record_open_method(&self, method: OpenMethod) {
+        let before = self.state.lock().open_method.replace(method);
+        if before != Some(method) {
+            log::log!(self.level, "nix database {}: {method}", self.location.db.display());
         }
     }
 }
@@ -395,21 +395,21 @@ impl Drop for ConnectionLease<'_> {
 
 /// Returns the generation under which answers are cached. `None` for an immutable database: whether
 /// its answers are correct is known only afterwards, so they are not cached.
-fn generation(database: &Database, kept: &PathInfoCache) -> Result<Option<u64>, DatabaseError> {
+fn generation(database: &Database, cache: &PathInfoCache) -> Result<Option<u64>, DatabaseError> {
     if database.mode == OpenMode::Immutable {
         Ok(None)
     } else {
-        kept.generation(database).map(Some)
+        cache.generation(database).map(Some)
     }
 }
 
-fn ask<T>(
+fn run_query<T>(
     database: &Database,
-    question: &DatabaseQuery<'_, T>,
+    query: &DatabaseQuery<'_, T>,
     deadline: Instant,
 ) -> Result<T, DatabaseError> {
     database.set_busy_timeout(left(deadline))?;
-    question(database)
+    query(database)
 }
 
 fn left(deadline: Instant) -> Duration {

@@ -41,7 +41,7 @@ pub(super) struct Walk {
     store: OwnedFd,
     root: CString,
     store_dir: String,
-    begun: bool,
+    has_begun: bool,
     directories: Vec<OpenDirectory>,
     /// How many of `directories` enclose the current entry.
     depth: usize,
@@ -102,7 +102,7 @@ impl Walk {
             store,
             root: CString::new(path.base_name()).expect("store paths have no NUL"),
             store_dir: store_dir.to_owned(),
-            begun: false,
+            has_begun: false,
             directories: Vec::new(),
             depth: 0,
             listed: 0,
@@ -112,7 +112,7 @@ impl Walk {
 
     /// Advances to the next step; `None` after the last one. Blocks on the disk.
     pub(super) fn advance(&mut self) -> Result<Option<WalkStep>, NarError> {
-        let listed = if self.begun {
+        let listed = if self.has_begun {
             let Some(directory) = self.directories.last_mut() else { return Ok(None) };
             let Some(entry) = directory.entries.get(directory.next) else {
                 self.listed -= directory.listed();
@@ -123,7 +123,7 @@ impl Walk {
             directory.next += 1;
             entry.kind
         } else {
-            self.begun = true;
+            self.has_begun = true;
             FileType::Unknown
         };
         self.depth = self.directories.len();

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// Maximum size of one file, in bytes. A larger file is a fault and is not read, because its end
 /// may override its beginning. Files written by hand have a few hundred bytes, generated ones some
 /// thousand.
-const MAX_FILE: u64 = 1 << 20;
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Maximum number of files, with all includes. More are a fault. Ends the recursion if a file
 /// includes itself.
@@ -152,7 +152,7 @@ impl NixConf {
                 .push(format!("{}: more than {MAX_FILES} files are included", file.display()));
         }
         self.files.push((file.to_owned(), stamp(file)));
-        let text = match key_file::read_bytes(file, MAX_FILE) {
+        let text = match key_file::read_bytes(file, MAX_FILE_BYTES) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(e) if e.kind() == ErrorKind::NotFound && included_from.is_none() => return,
             Err(e) => return self.faults.push(format!("{}: {e}", file.display())),

@@ -40,7 +40,7 @@ fn no_wrong_miss(simulation: &Simulation) {
 
 /// Time from the first lookup to the last outcome.
 fn time_of(simulation: &Simulation) -> Duration {
-    let end = simulation.outcomes.iter().map(|outcome| outcome.began + outcome.took).max();
+    let end = simulation.outcomes.iter().map(|outcome| outcome.began + outcome.elapsed).max();
     end.unwrap_or_default().saturating_sub(START)
 }
 

@@ -18,7 +18,7 @@ fn costs(count: usize) -> (u64, u64, Duration) {
     let now = simulation.now + Duration::from_millis(20);
     simulation.ask(nodes[0], vec![path(5000)], 1, now, false);
     simulation.run(now + SECOND);
-    (costs.0, costs.1, simulation.outcomes[0].took)
+    (costs.0, costs.1, simulation.outcomes[0].elapsed)
 }
 
 #[test]
