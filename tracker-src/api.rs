@@ -2,7 +2,7 @@
 //! the table of calls.
 
 use crate::address;
-use crate::database::{BindOutcome, ReportOutcome, SideReport as Told};
+use crate::database::{BindOutcome, ReportOutcome, SideReport};
 use crate::db_thread::{DatabaseThread, DatabaseUnavailable};
 use crate::limits::{LimitKind, RateLimits};
 use crate::meeting::{MeetBody, MeetingPlace, Meetings};
@@ -43,27 +43,27 @@ const MAX_TARGET: usize = 1024;
 const MAX_UPLOADS: usize = 8;
 
 /// `Retry-After` in seconds of an upload that was refused by [`MAX_UPLOADS`].
-const UPLOAD_RETRY: u64 = 2;
+const UPLOAD_RETRY_SECONDS: u64 = 2;
 
 /// `Retry-After` in seconds of a refused `GET /reach`. A check takes no longer.
-const REACH_RETRY: u64 = 2;
+const REACH_RETRY_SECONDS: u64 = 2;
 
 /// Maximum number of `GET /reach` checks at once, each of which blocks a thread; one per household.
 /// Further ones get 503.
-const MAX_REACHES: usize = 16;
+const MAX_REACH_CHECKS: usize = 16;
 
 /// Header fields that mark a proxied request, whose source address is the proxy's.
-const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+const PROXY_FIELDS: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
 
 /// `Retry-After` in seconds when a table is full or the database is unavailable.
-const FULL_RETRY: u64 = 60;
+const FULL_RETRY_SECONDS: u64 = 60;
 
 /// Maximum number of peers in `GET /peers`, best first. Nodes of the original read the whole list
 /// for every path.
 const MAX_LISTED: usize = 1000;
 
 /// Lifetime of a cached `GET /peers` answer, if it has more than [`SHORT_LIST`] peers.
-const LIST_KEPT: Duration = Duration::from_secs(1);
+const LIST_TTL: Duration = Duration::from_secs(1);
 
 /// Number of peers up to which `GET /peers` is not cached, as it is cheap.
 const SHORT_LIST: usize = 100;
@@ -74,22 +74,29 @@ struct ApiError {
     status: u16,
     error: String,
     /// `Retry-After` in seconds.
-    retry: Option<u64>,
+    retry_after: Option<u64>,
     /// The tracker's time in milliseconds since 1970, for a node whose clock differs.
     now: Option<u64>,
     /// Methods that the path supports, for 405.
     allow: Option<&'static str>,
     /// Set if the connection broke: no answer is possible.
-    gone: Option<io::Error>,
+    connection_error: Option<io::Error>,
 }
 
 impl ApiError {
     fn new(status: u16, error: impl Into<String>) -> Self {
-        ApiError { status, error: error.into(), retry: None, now: None, allow: None, gone: None }
+        ApiError {
+            status,
+            error: error.into(),
+            retry_after: None,
+            now: None,
+            allow: None,
+            connection_error: None,
+        }
     }
 
     fn later(status: u16, error: impl Into<String>, seconds: u64) -> Self {
-        ApiError { retry: Some(seconds), ..ApiError::new(status, error) }
+        ApiError { retry_after: Some(seconds), ..ApiError::new(status, error) }
     }
 }
 
@@ -98,7 +105,7 @@ impl From<BodyError> for ApiError {
         match e {
             BodyError::TooLarge => ApiError::new(413, "body: too large"),
             BodyError::Io(e) => {
-                ApiError { gone: Some(e), ..ApiError::new(400, "body: incomplete") }
+                ApiError { connection_error: Some(e), ..ApiError::new(400, "body: incomplete") }
             }
         }
     }
@@ -106,7 +113,7 @@ impl From<BodyError> for ApiError {
 
 impl From<DatabaseUnavailable> for ApiError {
     fn from(e: DatabaseUnavailable) -> Self {
-        ApiError::later(503, e.to_string(), FULL_RETRY)
+        ApiError::later(503, e.to_string(), FULL_RETRY_SECONDS)
     }
 }
 
@@ -123,7 +130,7 @@ impl From<(ClaimRefusal, TrackerTime)> for ApiError {
             ClaimRefusal::TooSoon(wait) => {
                 ApiError::later(429, "too soon after the last one", whole_seconds(wait))
             }
-            ClaimRefusal::Full => ApiError::later(503, "no room for more", FULL_RETRY),
+            ClaimRefusal::Full => ApiError::later(503, "no room for more", FULL_RETRY_SECONDS),
         }
     }
 }
@@ -208,22 +215,22 @@ fn status(status: &'static str) -> ApiResult {
     json(&StatusBody { status, consistent: None })
 }
 
-type List = Option<(Instant, Arc<Vec<u8>>)>;
+type CachedList = Option<(Instant, Arc<Vec<u8>>)>;
 
 /// Answers the tracker's HTTP requests.
 pub struct Api {
     table: Arc<TrackerTable>,
-    ledger: Arc<DatabaseThread>,
+    database: Arc<DatabaseThread>,
     limits: RateLimits,
     metrics: TrackerMetrics,
     uploads: AtomicUsize,
     /// Announced addresses that wait for a reachability check.
-    announced: Sender<reachability::AnnouncedAddress>,
+    reach_queue: Sender<reachability::AnnouncedAddress>,
     /// Trusted reverse proxies. Their `X-Forwarded-For` has the client's address.
     proxies: Vec<IpAddr>,
     /// Households whose `GET /reach` is under way.
-    reaches: Mutex<Vec<u128>>,
-    list: Mutex<List>,
+    reach_checks: Mutex<Vec<u128>>,
+    cached_list: Mutex<CachedList>,
     meetings: Meetings,
     faults: LogThrottle,
 }
@@ -318,7 +325,7 @@ impl Handler for Api {
         };
         match outcome {
             Ok(answer) => {
-                self.metrics.answered(call, 200);
+                self.metrics.record_answer(call, 200);
                 let (kind, body) = match &answer {
                     ApiResponse::Json(body) => ("application/json", body.as_slice()),
                     ApiResponse::Text(body) => {
@@ -327,9 +334,9 @@ impl Handler for Api {
                 };
                 exchange.send(200, &[("Content-Type", kind)], body)
             }
-            Err(ApiError { gone: Some(e), .. }) => Err(e),
+            Err(ApiError { connection_error: Some(e), .. }) => Err(e),
             Err(refusal) => {
-                self.metrics.answered(call, refusal.status);
+                self.metrics.record_answer(call, refusal.status);
                 log::debug!(
                     "{from}: {} {}: {}: {}",
                     request.method,
@@ -351,39 +358,39 @@ impl Handler for Api {
         if self.faults.allow(Instant::now()) {
             log::error!("a request made a handler panic; the log has the place");
         }
-        self.metrics.answered(CountedCall::Other, 500);
+        self.metrics.record_answer(CountedCall::Other, 500);
         refuse(&ApiError::new(500, "internal error"), exchange)
     }
 }
 
 fn refuse(refusal: &ApiError, exchange: &mut Exchange<'_>) -> io::Result<()> {
     let body = serde_json::to_vec(&ErrorBody { error: &refusal.error, now: refusal.now })?;
-    let retry = refusal.retry.map(|seconds| seconds.max(1).to_string());
+    let retry_after = refusal.retry_after.map(|seconds| seconds.max(1).to_string());
     let mut fields = vec![("Content-Type", "application/json")];
-    fields.extend(retry.as_deref().map(|seconds| ("Retry-After", seconds)));
+    fields.extend(retry_after.as_deref().map(|seconds| ("Retry-After", seconds)));
     fields.extend(refusal.allow.map(|allow| ("Allow", allow)));
     exchange.send(refusal.status, &fields, &body)
 }
 
 impl Api {
-    /// Creates the handler. `announced` takes addresses to be checked, `proxies` are trusted
+    /// Creates the handler. `reach_queue` takes addresses to be checked, `proxies` are trusted
     /// reverse proxies.
     pub fn new(
         table: Arc<TrackerTable>,
-        ledger: Arc<DatabaseThread>,
-        announced: Sender<reachability::AnnouncedAddress>,
+        database: Arc<DatabaseThread>,
+        reach_queue: Sender<reachability::AnnouncedAddress>,
         proxies: Vec<IpAddr>,
     ) -> Self {
         Api {
             table,
-            ledger,
+            database,
             limits: RateLimits::default(),
             metrics: TrackerMetrics::default(),
             uploads: AtomicUsize::new(0),
-            announced,
+            reach_queue,
             proxies,
-            reaches: Mutex::default(),
-            list: Mutex::default(),
+            reach_checks: Mutex::default(),
+            cached_list: Mutex::default(),
             meetings: Meetings::default(),
             faults: LogThrottle::default(),
         }
@@ -391,12 +398,12 @@ impl Api {
 
     /// The client's address: the socket's peer, or what a trusted proxy reports.
     fn client(&self, request: &Request<'_>) -> IpAddr {
-        self.told_by_proxy(request).unwrap_or(request.peer_address.ip().to_canonical())
+        self.forwarded_client(request).unwrap_or(request.peer_address.ip().to_canonical())
     }
 
     /// The client's address according to a trusted proxy: the last one in `X-Forwarded-For`, which
     /// the proxy itself added. The client may have forged what precedes it.
-    fn told_by_proxy(&self, request: &Request<'_>) -> Option<IpAddr> {
+    fn forwarded_client(&self, request: &Request<'_>) -> Option<IpAddr> {
         if !self.proxies.contains(&request.peer_address.ip().to_canonical()) {
             return None;
         }
@@ -407,13 +414,13 @@ impl Api {
     /// Whether the request came through a proxy and the client's address is unknown.
     fn is_forwarded(&self, request: &Request<'_>) -> bool {
         let is_ours = self.proxies.contains(&request.peer_address.ip().to_canonical());
-        self.told_by_proxy(request).is_none()
-            && (is_ours || FORWARDED.iter().any(|field| request.has(field)))
+        self.forwarded_client(request).is_none()
+            && (is_ours || PROXY_FIELDS.iter().any(|field| request.has(field)))
     }
 
     fn limit(&self, from: IpAddr, kind: LimitKind) -> Result<(), ApiError> {
         self.limits.take(from, kind, Instant::now()).map_err(|wait| {
-            self.metrics.limited();
+            self.metrics.record_limited();
             ApiError::later(429, "too many requests", whole_seconds(wait))
         })
     }
@@ -427,7 +434,7 @@ impl Api {
     ) -> ApiResult {
         match route {
             ApiRoute::Announce => self.announce(&read(exchange)?, from, self.is_forwarded(request)),
-            ApiRoute::Meet => self.meet_friends(&read(exchange)?, from, self.is_forwarded(request)),
+            ApiRoute::Meet => self.meet(&read(exchange)?, from, self.is_forwarded(request)),
             ApiRoute::Leave => self.leave(&read(exchange)?, from),
             ApiRoute::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
             ApiRoute::Lookup(hash_part) => self.lookup(hash_part),
@@ -436,20 +443,20 @@ impl Api {
             ApiRoute::Report => self.report(read(exchange)?, from),
             ApiRoute::Reputation(id) => {
                 let id = peer_id_in(id)?;
-                json(&ReputationBody::new(Some(&id), &self.ledger.reputation(&id)?))
+                json(&ReputationBody::new(Some(&id), &self.database.reputation(&id)?))
             }
             ApiRoute::Health => {
-                self.ledger.probe().map_err(ApiError::from).and_then(|()| status("ok"))
+                self.database.probe().map_err(ApiError::from).and_then(|()| status("ok"))
             }
             ApiRoute::Reach(port) => self.reach(port, request, from),
             ApiRoute::Metrics => {
-                Ok(ApiResponse::Text(self.metrics.page(self.table.counts(), self.ledger.numbers())))
+                Ok(ApiResponse::Text(self.metrics.page(self.table.counts(), self.database.stats())))
             }
         }
     }
 
     fn announce(&self, body: &Announce, from: IpAddr, is_forwarded: bool) -> ApiResult {
-        let (Some(id), Some(port)) = (given(&body.peer_id), body.port) else {
+        let (Some(id), Some(port)) = (non_empty(&body.peer_id), body.port) else {
             return Err(ApiError::new(400, "peer_id and port required"));
         };
         check_peer_id("peer_id", id)?;
@@ -469,22 +476,28 @@ impl Api {
         let known = self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         let signed = body.addr.as_deref().unwrap_or_default();
         verify(&body.proof, &SignedText::Announce { peer_id: id, port, addr: signed })?;
-        let met = if known { None } else { Some(self.meet(id, claim.as_ref())?) };
+        let reputation = if known { None } else { Some(self.bind_identity(id, claim.as_ref())?) };
         log::debug!("{id} announces itself at {addr}, port {port}");
-        let whereabouts = PeerAddress { addr, port, from };
-        let welcome =
-            self.table.announce(id, whereabouts.clone(), claim.as_ref(), body.instance, met, now);
-        let welcome = welcome.map_err(|e| (e, now))?;
-        if welcome.first_today {
-            self.ledger.seen(id);
+        let address = PeerAddress { addr, port, from };
+        let outcome = self.table.announce(
+            id,
+            address.clone(),
+            claim.as_ref(),
+            body.instance,
+            reputation,
+            now,
+        );
+        let outcome = outcome.map_err(|e| (e, now))?;
+        if outcome.first_today {
+            self.database.record_seen(id);
         }
-        if welcome.has_moved {
-            self.ledger.arrived(id, &whereabouts);
+        if outcome.has_moved {
+            self.database.record_address(id, &address);
         }
-        if welcome.to_be_reached {
-            let PeerAddress { addr, port, .. } = whereabouts;
+        if outcome.needs_reach_test {
+            let PeerAddress { addr, port, .. } = address;
             // If the queue is full, the address is checked after a later announce.
-            let _ = self.announced.try_send(reachability::AnnouncedAddress {
+            let _ = self.reach_queue.try_send(reachability::AnnouncedAddress {
                 id: id.to_owned(),
                 addr,
                 port,
@@ -493,39 +506,39 @@ impl Api {
         if claim.is_none() {
             return status("ok");
         }
-        let tracker = Some(self.ledger.tracker_id().to_owned());
+        let tracker = Some(self.database.tracker_id().to_owned());
         json(&AnnounceResponse {
             status: "ok".into(),
             tracker,
-            filter: welcome.filter,
+            filter: outcome.filter,
             bits_per_path: Some(self.table.bits_per_path()),
-            reachable: welcome.reachable,
-            also_at: welcome.also_at.map(|ip| ip.to_string()),
+            reachable: outcome.reachable,
+            also_at: outcome.also_at.map(|ip| ip.to_string()),
         })
     }
 
     /// Returns the reputation of an ID. Binds the ID to the claim's key, if there is one; the
     /// binding is durable when this returns. Blocks while the database is busy, for 10 s at most.
-    fn meet(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, ApiError> {
+    fn bind_identity(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, ApiError> {
         let refused = |refused| ApiError::from((refused, now()));
         match claim {
-            Some(claim) => match self.ledger.bind(id, claim.key)? {
+            Some(claim) => match self.database.bind(id, claim.key)? {
                 BindOutcome::Bound(reputation) => Ok(reputation),
                 BindOutcome::OtherKey => Err(refused(ClaimRefusal::OtherKey)),
                 BindOutcome::Full => Err(refused(ClaimRefusal::Full)),
             },
             None => {
-                let met = self.ledger.meet(id)?;
-                if met.key.is_some() {
+                let known = self.database.known_identity(id)?;
+                if known.key.is_some() {
                     Err(refused(ClaimRefusal::Bound))
                 } else {
-                    Ok(met.reputation)
+                    Ok(known.reputation)
                 }
             }
         }
     }
 
-    fn meet_friends(&self, body: &MeetBody, from: IpAddr, is_forwarded: bool) -> ApiResult {
+    fn meet(&self, body: &MeetBody, from: IpAddr, is_forwarded: bool) -> ApiResult {
         if body.port == Some(0) {
             return Err(ApiError::new(400, "port: not from 1 to 65535"));
         }
@@ -537,14 +550,14 @@ impl Api {
     }
 
     fn leave(&self, body: &Announce, from: IpAddr) -> ApiResult {
-        let id = given(&body.peer_id).ok_or_else(|| ApiError::new(400, "peer_id required"))?;
+        let id = non_empty(&body.peer_id).ok_or_else(|| ApiError::new(400, "peer_id required"))?;
         check_peer_id("peer_id", id)?;
         let claim = claim(&body.proof)?;
         let now = now();
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         verify(&body.proof, &SignedText::Leave { peer_id: id })?;
         self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
-        self.ledger.gone(vec![id.into()], self.table.clone());
+        self.database.remove_live(vec![id.into()], self.table.clone());
         log::debug!("{id} leaves");
         status("ok")
     }
@@ -574,7 +587,7 @@ impl Api {
             self.uploads.fetch_sub(1, Ordering::Relaxed);
         }
         if uploads >= MAX_UPLOADS {
-            return Err(ApiError::later(503, "too many filters at once", UPLOAD_RETRY));
+            return Err(ApiError::later(503, "too many filters at once", UPLOAD_RETRY_SECONDS));
         }
         let bits = exchange.body().read(MAX_BYTES)?;
         let digest = ring::digest::digest(&ring::digest::SHA256, &bits);
@@ -588,7 +601,7 @@ impl Api {
         }
         let (now, bits) = (now(), filter.as_bytes().to_vec());
         self.table.publish(id, &claim, filter, now).map_err(|e| (e, now))?;
-        self.ledger.published(id, claim.stamp, bits);
+        self.database.record_filter(id, claim.timestamp, bits);
         log::debug!("{id} publishes a filter of {} bytes", request.body_len);
         status("ok")
     }
@@ -597,22 +610,22 @@ impl Api {
         let hash_part =
             HashPart::parse(hash_part.as_bytes()).map_err(|e| ApiError::new(400, e.to_string()))?;
         let found = self.table.lookup(&hash_part, now());
-        self.metrics.found(found.candidates.len());
+        self.metrics.record_candidates(found.candidates.len());
         json(&found)
     }
 
     fn peers(&self) -> ApiResult {
         let now = now();
-        let kept = self.list.lock().clone();
-        if let Some((at, body)) = kept.filter(|_| self.table.counts().peers > SHORT_LIST)
-            && now.at.saturating_duration_since(at) < LIST_KEPT
+        let cached = self.cached_list.lock().clone();
+        if let Some((at, body)) = cached.filter(|_| self.table.counts().peers > SHORT_LIST)
+            && now.at.saturating_duration_since(at) < LIST_TTL
         {
             return Ok(ApiResponse::Json(body.to_vec()));
         }
-        let best = self.table.best(MAX_LISTED, now);
+        let best = self.table.best_peers(MAX_LISTED, now);
         let answer = json(&PeersBody { peers: best.iter().map(listed).collect() })?;
         if let ApiResponse::Json(body) = &answer {
-            *self.list.lock() = Some((now.at, Arc::new(body.clone())));
+            *self.cached_list.lock() = Some((now.at, Arc::new(body.clone())));
         }
         Ok(answer)
     }
@@ -629,22 +642,22 @@ impl Api {
                 "asked through a proxy, which is what would be reached",
             ));
         }
-        let reaches = || self.reaches.lock();
-        let asker = address::limit_key(from);
+        let reach_checks = || self.reach_checks.lock();
+        let household = address::limit_key(from);
         {
-            let mut reaches = reaches();
-            if reaches.contains(&asker) {
-                return Err(ApiError::later(429, "one at a time", REACH_RETRY));
+            let mut reach_checks = reach_checks();
+            if reach_checks.contains(&household) {
+                return Err(ApiError::later(429, "one at a time", REACH_RETRY_SECONDS));
             }
-            if reaches.len() >= MAX_REACHES {
-                return Err(ApiError::later(503, "too many at once", REACH_RETRY));
+            if reach_checks.len() >= MAX_REACH_CHECKS {
+                return Err(ApiError::later(503, "too many at once", REACH_RETRY_SECONDS));
             }
-            reaches.push(asker);
+            reach_checks.push(household);
         }
-        defer!(reaches().retain(|other| *other != asker));
+        defer!(reach_checks().retain(|other| *other != household));
         // The reason is not returned: other machines behind the same address could scan their
         // router's ports by it.
-        let reached = reachability::ask((from, port).into());
+        let reached = reachability::test((from, port).into());
         if let Err(e) = &reached {
             log::debug!("{from}: port {port} is not reached: {e}");
         }
@@ -652,7 +665,8 @@ impl Api {
     }
 
     fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> ApiResult {
-        let (Some(sender), Some(receiver)) = (given(&body.sender_id), given(&body.receiver_id))
+        let (Some(sender), Some(receiver)) =
+            (non_empty(&body.sender_id), non_empty(&body.receiver_id))
         else {
             return Err(ApiError::new(400, "sender_id and receiver_id required"));
         };
@@ -672,15 +686,15 @@ impl Api {
         self.limit(from, LimitKind::Stored)?;
         self.limits.charge(from, LimitKind::Stored, count - 1, Instant::now());
         let transfer_id =
-            self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
-        self.metrics.begun(count);
+            self.database.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
+        self.metrics.record_transfers(count);
         json(&TransferInitResponse { transfer_id, count: body.count })
     }
 
     fn report(&self, body: TransferReportBody, from: IpAddr) -> ApiResult {
         let given_id = body.transfer_id.filter(|id| *id != 0);
         let (Some(transfer), Some(id), Some(role), Some(bytes)) =
-            (given_id, given(&body.peer_id), given(&body.role), body.bytes)
+            (given_id, non_empty(&body.peer_id), non_empty(&body.role), body.bytes)
         else {
             return Err(ApiError::new(400, "transfer_id, peer_id, role, and bytes required"));
         };
@@ -701,15 +715,15 @@ impl Api {
             &SignedText::Report { transfer_id: transfer, peer_id: id, role: side, bytes },
         )?;
         if let Some(claim) = &claim {
-            self.table.advance_known(id, claim, now).map_err(|e| (e, now))?;
+            self.table.record_known_claim(id, claim, now).map_err(|e| (e, now))?;
         }
         let key = claim.map(|claim| claim.key);
         let network = address::network(from);
-        let told = Told { transfer, peer_id: id.to_owned(), role, bytes, key, network };
-        match self.ledger.report(told)? {
+        let report = SideReport { transfer, peer_id: id.to_owned(), role, bytes, key, network };
+        match self.database.report(report)? {
             ReportOutcome::Pending => status("pending"),
             ReportOutcome::Resolved(consistent) => {
-                self.metrics.resolved(consistent);
+                self.metrics.record_resolved(consistent);
                 json(&StatusBody { status: "resolved", consistent: Some(consistent) })
             }
             ReportOutcome::NotFound => Err(ApiError::new(404, "transfer not found")),
@@ -732,7 +746,7 @@ fn reachable_addr(
     from: IpAddr,
     is_forwarded: bool,
 ) -> Result<Option<String>, ApiError> {
-    match given(addr) {
+    match non_empty(addr) {
         Some(addr) => {
             address::check(addr).map_err(|why| ApiError::new(400, why))?;
             Ok(Some(addr.to_owned()))
@@ -744,8 +758,8 @@ fn reachable_addr(
 fn listed(row: &PeerRow) -> PeerBody<'_> {
     PeerBody {
         peer_id: &row.peer_id,
-        addr: &row.whereabouts.addr,
-        port: row.whereabouts.port,
+        addr: &row.address.addr,
+        port: row.address.port,
         last_seen: row.last_seen_ms as f64 / 1000.0,
         reputation: ReputationBody::new(None, &row.reputation),
     }
@@ -763,7 +777,7 @@ fn read<T: DeserializeOwned>(exchange: &mut Exchange<'_>) -> Result<T, ApiError>
 }
 
 /// An empty field counts as absent, as in the original.
-fn given(field: &Option<String>) -> Option<&str> {
+fn non_empty(field: &Option<String>) -> Option<&str> {
     field.as_deref().filter(|text| !text.is_empty())
 }
 
@@ -789,15 +803,15 @@ fn unproven() -> ApiError {
 
 /// Parses the key and time of a signed request. The signature is not checked yet.
 fn claim(proof: &Proof) -> Result<Option<Claim>, ApiError> {
-    let (key, stamp, signature) = match (&proof.public_key, proof.timestamp, &proof.signature) {
+    let (key, timestamp, signature) = match (&proof.public_key, proof.timestamp, &proof.signature) {
         (None, None, None) => return Ok(None),
-        (Some(key), Some(stamp), Some(signature)) => (key, stamp, signature),
+        (Some(key), Some(timestamp), Some(signature)) => (key, timestamp, signature),
         _ => return Err(unproven()),
     };
     let bytes = |text: &str| BASE64.decode(text.as_bytes()).ok();
     let key = bytes(key).and_then(|key| key.try_into().ok()).ok_or_else(unproven)?;
     bytes(signature).filter(|bytes| bytes.len() == 64).ok_or_else(unproven)?;
-    Ok(Some(Claim { key, stamp }))
+    Ok(Some(Claim { key, timestamp }))
 }
 
 fn verify(proof: &Proof, statement: &SignedText<'_>) -> Result<(), ApiError> {

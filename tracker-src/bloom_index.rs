@@ -18,7 +18,7 @@ const SLOTS: u32 = 64;
 
 /// Maximum size in bits of a filter in a block: 52,000 paths. Larger filters are stored separately.
 /// They are rare, and a block with one used slot costs as much memory as 64 filters.
-const MAX_SLICED_BITS: u64 = 16 * 64 * 1024;
+const MAX_BLOCK_FILTER_BITS: u64 = 16 * 64 * 1024;
 
 /// Where a filter is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,8 +113,8 @@ pub struct BloomIndex {
 
 /// The exclusive right to change filters.
 pub struct IndexEditor<'a> {
-    slices: &'a BloomIndex,
-    _one: MutexGuard<'a, ()>,
+    index: &'a BloomIndex,
+    _guard: MutexGuard<'a, ()>,
 }
 
 impl BloomIndex {
@@ -155,7 +155,7 @@ impl BloomIndex {
     /// Acquires the right to change filters. Blocks while another thread has it, which is as long
     /// as writing a few filters takes.
     pub fn edit(&self) -> IndexEditor<'_> {
-        IndexEditor { slices: self, _one: self.edit.lock() }
+        IndexEditor { index: self, _guard: self.edit.lock() }
     }
 
     /// Memory of the filters in bytes.
@@ -181,16 +181,16 @@ impl IndexEditor<'_> {
         let bits = filter.len_bits();
         let place = match last {
             Some(FilterPlace::Slot { bits: same, .. }) if same == bits => last?,
-            _ if bits > MAX_SLICED_BITS => {
+            _ if bits > MAX_BLOCK_FILTER_BITS => {
                 let freed =
                     if let Some(FilterPlace::Alone(bits)) = last { bits as usize / 8 } else { 0 };
-                if !self.slices.reserve((bits as usize / 8).saturating_sub(freed)) {
+                if !self.index.reserve((bits as usize / 8).saturating_sub(freed)) {
                     return None;
                 }
-                self.slices
+                self.index
                     .bytes
                     .fetch_sub(freed.saturating_sub(bits as usize / 8), Ordering::Relaxed);
-                let mut layout = self.slices.layout.write();
+                let mut layout = self.index.layout.write();
                 layout.alone.insert(owner, Arc::new(filter));
                 drop(layout);
                 if let Some(place @ FilterPlace::Slot { .. }) = last {
@@ -202,7 +202,7 @@ impl IndexEditor<'_> {
         };
         if let FilterPlace::Slot { bits, block, slot } = place {
             let block = {
-                let layout = self.slices.layout.read();
+                let layout = self.index.layout.read();
                 layout.groups.get(&bits)?.blocks.get(block as usize)?.clone()?
             };
             block.write(slot, owner, &filter);
@@ -215,11 +215,11 @@ impl IndexEditor<'_> {
 
     /// Removes the owner's filter, and its block if that is empty then.
     pub fn remove(&self, owner: u32, place: FilterPlace) {
-        let mut layout = self.slices.layout.write();
+        let mut layout = self.index.layout.write();
         match place {
             FilterPlace::Alone(bits) => {
                 if layout.alone.remove(&owner).is_some() {
-                    self.slices.bytes.fetch_sub(bits as usize / 8, Ordering::Relaxed);
+                    self.index.bytes.fetch_sub(bits as usize / 8, Ordering::Relaxed);
                 }
             }
             FilterPlace::Slot { bits, block: at, slot } => {
@@ -228,7 +228,7 @@ impl IndexEditor<'_> {
                 if block.live.fetch_and(!(1 << slot), Ordering::Release) == 1 << slot {
                     group.blocks[at as usize] = None;
                     group.free.retain(|(block, _)| *block != at);
-                    self.slices.bytes.fetch_sub(block_bytes(bits), Ordering::Relaxed);
+                    self.index.bytes.fetch_sub(block_bytes(bits), Ordering::Relaxed);
                 } else {
                     group.free.insert((at, slot));
                 }
@@ -237,11 +237,11 @@ impl IndexEditor<'_> {
     }
 
     fn take_slot(&self, bits: u64) -> Option<FilterPlace> {
-        let write = || self.slices.layout.write();
+        let write = || self.index.layout.write();
         if let Some((block, slot)) = write().groups.entry(bits).or_default().free.pop_first() {
             return Some(FilterPlace::Slot { bits, block, slot });
         }
-        if !self.slices.reserve(block_bytes(bits)) {
+        if !self.index.reserve(block_bytes(bits)) {
             return None;
         }
         // The block is allocated without the lock, so that lookups continue.
@@ -281,7 +281,7 @@ mod tests {
     /// test of each filter.
     #[test]
     fn find_matches_test_of_each_filter() {
-        let slices = BloomIndex::new(1 << 30);
+        let index = BloomIndex::new(1 << 30);
         let mut expected: HashMap<u32, BloomFilter> = HashMap::new();
         let mut places: HashMap<u32, FilterPlace> = HashMap::new();
         let mut step = 0u64;
@@ -289,7 +289,7 @@ mod tests {
             for owner in 0..300 {
                 step += 1;
                 let room = [50, 700, 900, 60_000][(step * 7919 % 31 % 4) as usize];
-                let edit = slices.edit();
+                let edit = index.edit();
                 if round > 0 && step.is_multiple_of(5) {
                     if let Some(place) = places.remove(&owner) {
                         edit.remove(owner, place);
@@ -306,7 +306,7 @@ mod tests {
             for owner in 0..300u32 {
                 for i in [0, 19, 29, 39, 1000] {
                     let part = part(u64::from(owner) << 32 | i);
-                    let mut found = slices.find(&part);
+                    let mut found = index.find(&part);
                     found.sort_unstable();
                     let mut wanted: Vec<u32> = expected
                         .iter()
@@ -319,23 +319,23 @@ mod tests {
             }
         }
         for (owner, place) in places {
-            slices.edit().remove(owner, place);
+            index.edit().remove(owner, place);
         }
-        assert_eq!(slices.bytes(), 0, "all memory was given back");
-        assert!(slices.layout.read().groups.values().all(|g| g.free.is_empty()));
+        assert_eq!(index.bytes(), 0, "all memory was given back");
+        assert!(index.layout.read().groups.values().all(|g| g.free.is_empty()));
     }
 
     #[test]
     fn set_beyond_memory_limit_keeps_last_filter() {
-        let slices = BloomIndex::new(1 << 30);
-        let edit = slices.edit();
+        let index = BloomIndex::new(1 << 30);
+        let edit = index.edit();
         let small = edit.set(0, None, filter(0, 10, 10)).unwrap();
-        slices.bytes.store((1 << 30) - 1000, Ordering::Relaxed);
+        index.bytes.store((1 << 30) - 1000, Ordering::Relaxed);
         assert_eq!(edit.set(0, Some(small), filter(0, 10, 20_000)), None);
         assert_eq!(edit.set(0, Some(small), filter(0, 10, 1_000_000)), None);
-        assert_eq!(slices.find(&part(5)), [0]);
+        assert_eq!(index.find(&part(5)), [0]);
         // A filter that fits into an existing block needs no memory.
         assert!(edit.set(1, None, filter(1, 10, 10)).is_some());
-        assert_eq!(slices.find(&part(1 << 32)), [1]);
+        assert_eq!(index.find(&part(1 << 32)), [1]);
     }
 }

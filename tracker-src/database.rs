@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Version of the schema, stored as `user_version`. The original's databases have 0.
-const VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 2;
 
 /// Maximum number of bound IDs, about 200 MB. At the bound, no further ID is bound until others are
 /// forgotten.
@@ -31,23 +31,23 @@ const PRESENT_FOR_MS: u64 = 10 * 60 * 1000;
 /// not count.
 const MAX_REPUTATIONS: u64 = 1_000_000;
 /// Maximum number of transfers, about 500 MB. At the bound, new ones replace the oldest. Ninety
-/// addresses at their rate limits do not reach it within [`TRANSFER_KEPT`].
+/// addresses at their rate limits do not reach it within [`TRANSFER_TTL_SECONDS`].
 const MAX_TRANSFERS: u64 = 4_000_000;
 /// Seconds until a transfer is pruned, whether or not both sides have reported: longer than any NAR
 /// takes. Reputations have counted those with both reports, and a later report of them is refused
 /// in any case.
-const TRANSFER_KEPT: i64 = 2 * 3600;
+const TRANSFER_TTL_SECONDS: i64 = 2 * 3600;
 /// Two reports agree if they differ by at most one part in this many of the greater: 5 %.
-const TOLERANCE: u64 = 20;
+const TOLERANCE_DIVISOR: u64 = 20;
 
 /// Transfers examined in one pruning step, which takes some milliseconds.
-const PRUNE_TRANSFERS: i64 = 2_000;
+const MAX_PRUNED_TRANSFERS: i64 = 2_000;
 /// Maximum number of IDs or reputations deleted in one pruning step.
-const PRUNE_ROWS: i64 = 500;
+const MAX_PRUNED_ROWS: i64 = 500;
 
 /// Maximum wait for another process to release the database, such as a tracker that is stopping.
 /// After it, opening fails.
-const BUSY: Duration = Duration::from_secs(5);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Largest number that a column holds. Sums are capped here.
 const MAX_COLUMN: u64 = i64::MAX as u64;
@@ -158,7 +158,7 @@ pub struct PersistedPeer {
     /// Its peer ID.
     pub id: String,
     /// Its announced address.
-    pub whereabouts: PeerAddress,
+    pub address: PeerAddress,
     /// The key that its ID is bound to.
     pub key: Option<[u8; 32]>,
     /// Its reputation.
@@ -235,10 +235,10 @@ impl TrackerDatabase {
         match version {
             0 => migrate(&db).and_then(|()| migrate_2(&db)).map_err(wrong)?,
             1 => migrate_2(&db).map_err(wrong)?,
-            VERSION => {}
+            SCHEMA_VERSION => {}
             newer => {
                 return Err(format!(
-                    "database {}: of version {newer}, which a newer peerix-tracker made; this one knows {VERSION}: run the newer one, or name another --db-path",
+                    "database {}: of version {newer}, which a newer peerix-tracker made; this one knows {SCHEMA_VERSION}: run the newer one, or name another --db-path",
                     path.display()
                 ));
             }
@@ -317,7 +317,7 @@ impl TrackerDatabase {
     /// # Errors
     /// Returns the job's error or SQLite's. After an error that undid the whole transaction, all
     /// further jobs fail.
-    pub fn job(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    pub fn run_job(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.db.is_autocommit() {
             // An earlier error has rolled back the whole transaction.
             return Err(rusqlite::Error::SqliteFailure(
@@ -345,7 +345,7 @@ impl TrackerDatabase {
     ///
     /// # Errors
     /// Returns SQLite's error.
-    pub fn present(&self, now_ms: u64) -> Result<Vec<PersistedPeer>> {
+    pub fn live_peers(&self, now_ms: u64) -> Result<Vec<PersistedPeer>> {
         let sql = "select value from meta where key = 'alive'";
         let alive: Option<i64> = self.db.query_row(sql, [], |row| row.get(0)).optional()?;
         if alive.is_none_or(|alive| now_ms.abs_diff(alive.unsigned_abs()) > PRESENT_FOR_MS) {
@@ -358,12 +358,12 @@ impl TrackerDatabase {
         let rows = statement.query_map([], |row| {
             let from: String = row.get(3)?;
             let from = from.parse().map_err(|_| rusqlite::Error::IntegralValueOutOfRange(3, 0))?;
-            let stamp: Option<i64> = row.get(4)?;
+            let timestamp: Option<i64> = row.get(4)?;
             let filter: Option<Vec<u8>> = row.get(5)?;
-            let whereabouts = PeerAddress { addr: row.get(1)?, port: row.get(2)?, from };
-            let filter = stamp.map(i64::unsigned_abs).zip(filter);
+            let address = PeerAddress { addr: row.get(1)?, port: row.get(2)?, from };
+            let filter = timestamp.map(i64::unsigned_abs).zip(filter);
             let reputation = Reputation::default();
-            Ok(PersistedPeer { id: row.get(0)?, whereabouts, key: row.get(6)?, reputation, filter })
+            Ok(PersistedPeer { id: row.get(0)?, address, key: row.get(6)?, reputation, filter })
         })?;
         // An unreadable row is skipped: its peer announces itself again within a minute.
         let mut present: Vec<PersistedPeer> = rows.filter_map(Result::ok).collect();
@@ -374,7 +374,7 @@ impl TrackerDatabase {
     }
 
     /// Stores the address of a live peer.
-    pub fn arrived(&mut self, id: &str, at: &PeerAddress) -> Result<()> {
+    pub fn record_address(&mut self, id: &str, at: &PeerAddress) -> Result<()> {
         let sql = "insert into present (peer_id, addr, port, came_from) values (?, ?, ?, ?) on conflict do update
             set addr = excluded.addr, port = excluded.port, came_from = excluded.came_from";
         self.db
@@ -384,27 +384,27 @@ impl TrackerDatabase {
     }
 
     /// Stores the filter of a live peer, and the timestamp of its request.
-    pub fn published(&mut self, id: &str, stamp: u64, filter: &[u8]) -> Result<()> {
+    pub fn record_filter(&mut self, id: &str, timestamp: u64, filter: &[u8]) -> Result<()> {
         let sql = "update present set filter_stamp = ?2, filter = ?3 where peer_id = ?1";
         self.db
             .prepare_cached(sql)?
-            .execute(params![id, stamp.min(MAX_COLUMN) as i64, filter])
+            .execute(params![id, timestamp.min(MAX_COLUMN) as i64, filter])
             .map(drop)
     }
 
     /// Deletes a peer from the live ones.
-    pub fn gone(&mut self, id: &str) -> Result<()> {
+    pub fn remove_live(&mut self, id: &str) -> Result<()> {
         self.db.prepare_cached("delete from present where peer_id = ?")?.execute([id]).map(drop)
     }
 
     /// Stores the time, in milliseconds since 1970, at which the tracker was last running.
-    pub fn alive(&mut self, now_ms: u64) -> Result<()> {
+    pub fn record_alive(&mut self, now_ms: u64) -> Result<()> {
         let sql = "insert into meta (key, value) values ('alive', ?) on conflict do update set value = excluded.value";
         self.db.prepare_cached(sql)?.execute([now_ms.min(MAX_COLUMN) as i64]).map(drop)
     }
 
     /// Returns the key and reputation of an ID.
-    pub fn meet(&self, id: &str) -> Result<KnownIdentity> {
+    pub fn known_identity(&self, id: &str) -> Result<KnownIdentity> {
         Ok(KnownIdentity { key: self.key(id)?, reputation: self.reputation(id)? })
     }
 
@@ -418,7 +418,7 @@ impl TrackerDatabase {
     pub fn bind(&mut self, id: &str, key: &[u8; 32], day: i64) -> Result<BindOutcome> {
         match self.key(id)? {
             Some(bound) if bound != *key => return Ok(BindOutcome::OtherKey),
-            Some(_) => self.seen(id, day)?,
+            Some(_) => self.record_seen(id, day)?,
             None if self.counts.identities >= MAX_IDENTITIES => return Ok(BindOutcome::Full),
             None => {
                 let sql = "insert into identities (peer_id, public_key, seen_day, first_day) values (?1, ?2, ?3, ?3)";
@@ -430,7 +430,7 @@ impl TrackerDatabase {
     }
 
     /// Stores the day, counted from 1970, on which a bound ID was last seen.
-    pub fn seen(&mut self, id: &str, day: i64) -> Result<()> {
+    pub fn record_seen(&mut self, id: &str, day: i64) -> Result<()> {
         let sql = "update identities set seen_day = ?2 where peer_id = ?1 and seen_day < ?2";
         self.db.prepare_cached(sql)?.execute(params![id, day]).map(drop)
     }
@@ -535,7 +535,7 @@ impl TrackerDatabase {
             return Ok(ReportOutcome::Pending);
         }
         let others = transfer.bytes[other].and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0);
-        let consistent = agree(report.bytes, others);
+        let consistent = reports_agree(report.bytes, others);
         let [sender, receiver] = transfer.peers;
         let other_network = transfer.networks[other].clone().unwrap_or_default();
         // Identities cost nothing. So unsigned reports, and those of two peers in one network, do
@@ -549,25 +549,25 @@ impl TrackerDatabase {
         let (mut bytes, mut networks) = ([others; 2], [other_network.clone(), other_network]);
         (bytes[side], networks[side]) = (report.bytes, network);
         let [sender_network, receiver_network] = networks;
-        if consistent || self.may_blame(&sender, receiver_network, day) {
-            self.count(&sender, consistent, bytes[0], 0, day)?;
+        if consistent || self.record_blame(&sender, receiver_network, day) {
+            self.add_to_reputation(&sender, consistent, bytes[0], 0, day)?;
         }
-        if consistent || self.may_blame(&receiver, sender_network, day) {
-            self.count(&receiver, consistent, 0, bytes[1], day)?;
+        if consistent || self.record_blame(&receiver, sender_network, day) {
+            self.add_to_reputation(&receiver, consistent, 0, bytes[1], day)?;
         }
         Ok(ReportOutcome::Resolved(consistent))
     }
 
     /// Records a failure. Returns true if it is the first one of that peer, network and day, and
     /// [`MAX_BLAMED`] is not reached.
-    fn may_blame(&mut self, id: &str, network: String, day: i64) -> bool {
+    fn record_blame(&mut self, id: &str, network: String, day: i64) -> bool {
         if std::mem::replace(&mut self.blamed_day, day) != day {
             self.blamed.clear();
         }
         self.blamed.len() < MAX_BLAMED && self.blamed.insert((id.to_owned(), network))
     }
 
-    fn count(
+    fn add_to_reputation(
         &mut self,
         id: &str,
         consistent: bool,
@@ -613,15 +613,17 @@ impl TrackerDatabase {
     pub fn prune_transfers(&mut self, seconds: f64) -> Result<()> {
         let sql = "select max(id), count(*), min(created_at) from
             (select id, created_at from transfers where id > ? order by id limit ?)";
-        let (last, looked_at, oldest): (Option<i64>, i64, Option<f64>) =
-            self.db.prepare_cached(sql)?.query_row([self.pruned_to, PRUNE_TRANSFERS], |row| {
+        let (last, looked_at, oldest): (Option<i64>, i64, Option<f64>) = self
+            .db
+            .prepare_cached(sql)?
+            .query_row([self.pruned_to, MAX_PRUNED_TRANSFERS], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?))
             })?;
-        let kept_from = seconds - TRANSFER_KEPT as f64;
+        let kept_from = seconds - TRANSFER_TTL_SECONDS as f64;
         let from = self.pruned_to;
         // IDs ascend with time, so all later transfers are younger still.
         let young = oldest.is_none_or(|oldest| oldest >= kept_from);
-        self.pruned_to = last.filter(|_| looked_at == PRUNE_TRANSFERS && !young).unwrap_or(0);
+        self.pruned_to = last.filter(|_| looked_at == MAX_PRUNED_TRANSFERS && !young).unwrap_or(0);
         let Some(last) = last.filter(|_| !young) else { return Ok(()) };
         let sql = "delete from transfers where id > ? and id <= ? and created_at < ?";
         let deleted = self.db.prepare_cached(sql)?.execute(params![from, last, kept_from])?;
@@ -637,12 +639,14 @@ impl TrackerDatabase {
         }
         let once = "delete from identities where peer_id in (select peer_id from identities where first_day = seen_day
             and peer_id not in (select peer_id from present) order by seen_day limit ?)";
-        let mut deleted = self.db.prepare_cached(once)?.execute([PRUNE_ROWS])?;
+        let mut deleted = self.db.prepare_cached(once)?.execute([MAX_PRUNED_ROWS])?;
         if deleted == 0 {
             let old = "delete from identities where peer_id in
                 (select peer_id from identities where seen_day < ? limit ?)";
-            deleted =
-                self.db.prepare_cached(old)?.execute([day - FORGOTTEN_AFTER_DAYS, PRUNE_ROWS])?;
+            deleted = self
+                .db
+                .prepare_cached(old)?
+                .execute([day - FORGOTTEN_AFTER_DAYS, MAX_PRUNED_ROWS])?;
         }
         self.counts.identities = self.counts.identities.saturating_sub(deleted as u64);
         Ok(())
@@ -654,19 +658,19 @@ impl TrackerDatabase {
         let before = day - FORGOTTEN_AFTER_DAYS;
         let sql = "delete from reputation where peer_id in (select peer_id from reputation where changed_day < ?
             and peer_id not in (select peer_id from identities) limit ?)";
-        let deleted = self.db.prepare_cached(sql)?.execute([before, PRUNE_ROWS])?;
+        let deleted = self.db.prepare_cached(sql)?.execute([before, MAX_PRUNED_ROWS])?;
         self.counts.reputations = self.counts.reputations.saturating_sub(deleted as u64);
         Ok(())
     }
 }
 
 /// Whether two reported sizes differ by at most 5 % of the greater.
-fn agree(a: u64, b: u64) -> bool {
-    u128::from(a.abs_diff(b)) * u128::from(TOLERANCE) <= u128::from(a.max(b))
+fn reports_agree(a: u64, b: u64) -> bool {
+    u128::from(a.abs_diff(b)) * u128::from(TOLERANCE_DIVISOR) <= u128::from(a.max(b))
 }
 
 fn prepare(db: &Connection) -> Result<()> {
-    db.busy_timeout(BUSY)?;
+    db.busy_timeout(BUSY_TIMEOUT)?;
     // No other process may change the database while it is open, as row counts are kept in memory.
     db.pragma_update(None, "locking_mode", "exclusive")?;
     db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
@@ -701,7 +705,7 @@ fn migrate(db: &Connection) -> Result<()> {
 fn migrate_2(db: &Connection) -> Result<()> {
     db.execute_batch("begin immediate")?;
     db.execute_batch(TABLES_2)?;
-    db.pragma_update(None, "user_version", VERSION)?;
+    db.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     db.execute_batch("commit")
 }
 
@@ -711,21 +715,28 @@ mod tests {
 
     const DAY: f64 = 24.0 * 3600.0;
 
-    fn books() -> TrackerDatabase {
-        let books = TrackerDatabase::open(Path::new(":memory:")).unwrap();
-        books.begin().unwrap();
-        books
+    fn in_memory() -> TrackerDatabase {
+        let database = TrackerDatabase::open(Path::new(":memory:")).unwrap();
+        database.begin().unwrap();
+        database
     }
 
-    fn report(books: &mut TrackerDatabase, transfer: u64, role: Role, bytes: u64) -> ReportOutcome {
+    fn report(
+        database: &mut TrackerDatabase,
+        transfer: u64,
+        role: Role,
+        bytes: u64,
+    ) -> ReportOutcome {
         let peer_id = if role == Role::Sender { "a" } else { "b" }.to_owned();
         let network = if role == Role::Sender { 1 } else { 2 };
-        books.report(&SideReport { transfer, peer_id, role, bytes, key: None, network }, 0).unwrap()
+        database
+            .report(&SideReport { transfer, peer_id, role, bytes, key: None, network }, 0)
+            .unwrap()
     }
 
     /// Reports one side, signed by key 1 for `a` and by key 2 for everybody else.
     fn signed(
-        books: &mut TrackerDatabase,
+        database: &mut TrackerDatabase,
         transfer: u64,
         peer_id: &str,
         role: Role,
@@ -734,7 +745,7 @@ mod tests {
     ) -> ReportOutcome {
         let key = Some([if peer_id == "a" { 1 } else { 2 }; 32]);
         let told = SideReport { transfer, peer_id: peer_id.into(), role, bytes, key, network };
-        books.report(&told, 7).unwrap()
+        database.report(&told, 7).unwrap()
     }
 
     #[test]
@@ -749,120 +760,123 @@ mod tests {
             (1 << 44, 0, false),
             (u64::MAX, u64::MAX - 1, true),
         ] {
-            assert_eq!(agree(a, b), agrees, "{a}, {b}");
+            assert_eq!(reports_agree(a, b), agrees, "{a}, {b}");
         }
     }
 
     #[test]
     fn reputation_sums_are_capped() {
-        let mut books = books();
+        let mut database = in_memory();
         let huge = (1u64 << 44).to_string();
         let max = i64::MAX.to_string();
         let sql = format!(
             "insert into reputation values ('a', {max}, 0, {max}, 0, 0), ('b', 0, {huge}, 0, {max}, 0)"
         );
-        books.db.execute_batch(&sql).unwrap();
-        books.bind("a", &[1; 32], 0).unwrap();
-        books.bind("b", &[2; 32], 0).unwrap();
-        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap();
-        signed(&mut books, id, "a", Role::Sender, 1 << 44, 1);
+        database.db.execute_batch(&sql).unwrap();
+        database.bind("a", &[1; 32], 0).unwrap();
+        database.bind("b", &[2; 32], 0).unwrap();
+        let id = database.begin_transfers("a", "b", 1, 0.0).unwrap();
+        signed(&mut database, id, "a", Role::Sender, 1 << 44, 1);
         assert_eq!(
-            signed(&mut books, id, "b", Role::Receiver, 1 << 44, 2),
+            signed(&mut database, id, "b", Role::Receiver, 1 << 44, 2),
             ReportOutcome::Resolved(true)
         );
-        let a = books.reputation("a").unwrap();
+        let a = database.reputation("a").unwrap();
         assert_eq!((a.shared, a.successful), (MAX_COLUMN, MAX_COLUMN));
-        assert_eq!(books.reputation("b").unwrap().received, 1 << 45);
+        assert_eq!(database.reputation("b").unwrap().received, 1 << 45);
     }
 
     #[test]
     fn prune_transfers_deletes_only_expired_transfers() {
-        let mut books = books();
-        let mut begin = |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap();
+        let mut database = in_memory();
+        let mut begin = |days: f64| database.begin_transfers("a", "b", 3, days * DAY).unwrap();
         // More rows than one step examines.
         let begun: Vec<u64> = (0..1500).map(|_| begin(0.0)).collect();
         let young = begin(0.05);
         for first in &begun {
-            report(&mut books, *first, Role::Sender, 1);
-            report(&mut books, *first, Role::Receiver, 1);
+            report(&mut database, *first, Role::Sender, 1);
+            report(&mut database, *first, Role::Receiver, 1);
         }
         let mut left = |now: f64| {
             // Eight steps examine the whole table twice.
             for _ in 0..8 {
-                books.prune_transfers(now * DAY).unwrap();
+                database.prune_transfers(now * DAY).unwrap();
             }
-            let rows: i64 =
-                books.db.query_row("select count(*) from transfers", [], |row| row.get(0)).unwrap();
-            assert_eq!(rows as u64, books.counts.transfers);
+            let rows: i64 = database
+                .db
+                .query_row("select count(*) from transfers", [], |row| row.get(0))
+                .unwrap();
+            assert_eq!(rows as u64, database.counts.transfers);
             rows
         };
         assert_eq!(left(0.08), 4503);
         assert_eq!(left(0.09), 3, "resolved ones are not kept for longer");
         assert_eq!(left(0.14), 0);
-        assert_eq!(report(&mut books, young, Role::Sender, 1), ReportOutcome::NotFound);
+        assert_eq!(report(&mut database, young, Role::Sender, 1), ReportOutcome::NotFound);
         assert!(
-            books.begin_transfers("a", "b", 1, 0.0).unwrap() > young + 2,
+            database.begin_transfers("a", "b", 1, 0.0).unwrap() > young + 2,
             "no ID is given twice"
         );
     }
 
     #[test]
     fn prune_identities_near_limit_forgets_ids_of_one_day_first() {
-        let mut books = books();
+        let mut database = in_memory();
         for (id, day) in [("once", 10), ("here", 40), ("used", 10), ("old", 5), ("new", 50)] {
             assert_eq!(
-                books.bind(id, &[7; 32], day).unwrap(),
+                database.bind(id, &[7; 32], day).unwrap(),
                 BindOutcome::Bound(Reputation::default())
             );
         }
         for (id, day) in [("used", 60), ("old", 6), ("new", 51)] {
-            books.seen(id, day).unwrap();
+            database.record_seen(id, day).unwrap();
         }
         let here =
             PeerAddress { addr: "a".into(), port: 1, from: std::net::Ipv4Addr::LOCALHOST.into() };
-        books.arrived("here", &here).unwrap();
-        let known = |books: &TrackerDatabase, id| books.meet(id).unwrap().key.is_some();
+        database.record_address("here", &here).unwrap();
+        let known =
+            |database: &TrackerDatabase, id| database.known_identity(id).unwrap().key.is_some();
         let day = 20 + FORGOTTEN_AFTER_DAYS;
-        books.prune_identities(day).unwrap();
-        assert_eq!(books.counts.identities, 5, "there is room");
-        books.counts.identities = FORGET_FROM;
-        books.prune_identities(day).unwrap();
-        assert!(!known(&books, "once") && known(&books, "old") && known(&books, "here"));
-        books.counts.identities = FORGET_FROM;
-        books.prune_identities(day).unwrap();
+        database.prune_identities(day).unwrap();
+        assert_eq!(database.counts.identities, 5, "there is room");
+        database.counts.identities = FORGET_FROM;
+        database.prune_identities(day).unwrap();
+        assert!(!known(&database, "once") && known(&database, "old") && known(&database, "here"));
+        database.counts.identities = FORGET_FROM;
+        database.prune_identities(day).unwrap();
         assert!(
-            !known(&books, "old")
-                && known(&books, "used")
-                && known(&books, "new")
-                && known(&books, "here")
+            !known(&database, "old")
+                && known(&database, "used")
+                && known(&database, "new")
+                && known(&database, "here")
         );
-        assert_eq!(books.bind("used", &[8; 32], day).unwrap(), BindOutcome::OtherKey);
+        assert_eq!(database.bind("used", &[8; 32], day).unwrap(), BindOutcome::OtherKey);
         assert_eq!(
-            books.bind("old", &[8; 32], day).unwrap(),
+            database.bind("old", &[8; 32], day).unwrap(),
             BindOutcome::Bound(Reputation::default())
         );
-        books.count("unbound", true, 1, 0, 10).unwrap();
-        books.count("used", true, 1, 0, 10).unwrap();
-        books.prune_reputations(11 + FORGOTTEN_AFTER_DAYS).unwrap();
-        assert_eq!(books.counts.reputations, 1);
+        database.add_to_reputation("unbound", true, 1, 0, 10).unwrap();
+        database.add_to_reputation("used", true, 1, 0, 10).unwrap();
+        database.prune_reputations(11 + FORGOTTEN_AFTER_DAYS).unwrap();
+        assert_eq!(database.counts.reputations, 1);
     }
 
     /// Invented peers must not gain reputation, and false reports of one peer must not ruin
     /// another's.
     #[test]
     fn reputation_counts_signed_reports_of_different_networks_only() {
-        let mut books = books();
-        books.bind("a", &[1; 32], 0).unwrap();
-        books.bind("b", &[2; 32], 0).unwrap();
+        let mut database = in_memory();
+        database.bind("a", &[1; 32], 0).unwrap();
+        database.bind("b", &[2; 32], 0).unwrap();
         let mut transfer = |receiver: &str, bytes: u64, networks: (u128, u128)| {
-            let id = books.begin_transfers("a", receiver, 1, 0.0).unwrap();
+            let id = database.begin_transfers("a", receiver, 1, 0.0).unwrap();
             assert_eq!(
-                signed(&mut books, id, "a", Role::Sender, 100, networks.0),
+                signed(&mut database, id, "a", Role::Sender, 100, networks.0),
                 ReportOutcome::Pending
             );
             let consistent = (95..=105).contains(&bytes);
             let outcome = match receiver {
-                "b" => signed(&mut books, id, "b", Role::Receiver, bytes, networks.1),
+                "b" => signed(&mut database, id, "b", Role::Receiver, bytes, networks.1),
                 _ => {
                     let (peer_id, key) = (receiver.to_owned(), None);
                     let told = SideReport {
@@ -873,15 +887,15 @@ mod tests {
                         key,
                         network: networks.1,
                     };
-                    books.report(&told, 7).unwrap()
+                    database.report(&told, 7).unwrap()
                 }
             };
             assert_eq!(outcome, ReportOutcome::Resolved(consistent));
-            let of = |books: &TrackerDatabase, id: &str| {
-                let of = books.reputation(id).unwrap();
+            let of = |database: &TrackerDatabase, id: &str| {
+                let of = database.reputation(id).unwrap();
                 (of.successful, of.failed)
             };
-            (of(&books, "a"), of(&books, receiver))
+            (of(&database, "a"), of(&database, receiver))
         };
         let nothing = (0, 0);
         assert_eq!(transfer("unbound", 100, (1, 2)), (nothing, nothing));
@@ -897,84 +911,84 @@ mod tests {
 
     #[test]
     fn present_after_long_downtime_is_empty() {
-        let mut books = books();
+        let mut database = in_memory();
         let at = |port| PeerAddress {
             addr: "example.org".into(),
             port,
             from: "2001:db8::1".parse().unwrap(),
         };
-        books.bind("a", &[1; 32], 0).unwrap();
+        database.bind("a", &[1; 32], 0).unwrap();
         for (id, port) in [("a", 1), ("a", 2), ("b", 3), ("gone", 4)] {
-            books.arrived(id, &at(port)).unwrap();
+            database.record_address(id, &at(port)).unwrap();
         }
-        books.published("a", 77, &[1, 2, 3]).unwrap();
-        books.arrived("a", &at(5)).unwrap();
-        books.published("nobody", 77, &[1]).unwrap();
-        books.gone("gone").unwrap();
-        assert!(books.present(1_000_000).unwrap().is_empty(), "not known when that was");
-        books.roll_back();
-        let mut books = self::books();
-        books.bind("a", &[1; 32], 0).unwrap();
-        books.arrived("a", &at(5)).unwrap();
-        books.arrived("b", &at(3)).unwrap();
-        books.published("a", 77, &[1, 2, 3]).unwrap();
-        books.alive(1_000_000).unwrap();
-        let present = books.present(1_000_000 + PRESENT_FOR_MS).unwrap();
+        database.record_filter("a", 77, &[1, 2, 3]).unwrap();
+        database.record_address("a", &at(5)).unwrap();
+        database.record_filter("nobody", 77, &[1]).unwrap();
+        database.remove_live("gone").unwrap();
+        assert!(database.live_peers(1_000_000).unwrap().is_empty(), "not known when that was");
+        database.roll_back();
+        let mut database = self::in_memory();
+        database.bind("a", &[1; 32], 0).unwrap();
+        database.record_address("a", &at(5)).unwrap();
+        database.record_address("b", &at(3)).unwrap();
+        database.record_filter("a", 77, &[1, 2, 3]).unwrap();
+        database.record_alive(1_000_000).unwrap();
+        let present = database.live_peers(1_000_000 + PRESENT_FOR_MS).unwrap();
         let seen: Vec<_> =
-            present.iter().map(|p| (&*p.id, p.whereabouts.port, p.key, p.filter.clone())).collect();
+            present.iter().map(|p| (&*p.id, p.address.port, p.key, p.filter.clone())).collect();
         assert_eq!(
             seen,
             [("a", 5, Some([1; 32]), Some((77, vec![1, 2, 3]))), ("b", 3, None, None)]
         );
-        assert_eq!(present[0].whereabouts, at(5));
-        assert!(books.present(1_000_001 + PRESENT_FOR_MS).unwrap().is_empty());
-        assert!(books.present(1_000_000).unwrap().is_empty(), "they were forgotten");
+        assert_eq!(present[0].address, at(5));
+        assert!(database.live_peers(1_000_001 + PRESENT_FOR_MS).unwrap().is_empty());
+        assert!(database.live_peers(1_000_000).unwrap().is_empty(), "they were forgotten");
     }
 
     #[test]
     fn failed_job_undoes_only_its_own_changes() {
-        let mut books = books();
-        books.job(|books| books.bind("a", &[1; 32], 0).map(drop)).unwrap();
-        let failed = books.job(|books| {
-            books.bind("b", &[1; 32], 0)?;
-            books.count("b", true, 1, 0, 0)?;
-            books.db.execute("insert into nothing values (1)", []).map(drop)
+        let mut database = in_memory();
+        database.run_job(|database| database.bind("a", &[1; 32], 0).map(drop)).unwrap();
+        let failed = database.run_job(|database| {
+            database.bind("b", &[1; 32], 0)?;
+            database.add_to_reputation("b", true, 1, 0, 0)?;
+            database.db.execute("insert into nothing values (1)", []).map(drop)
         });
         assert!(failed.is_err());
-        books.job(|books| books.bind("c", &[1; 32], 0).map(drop)).unwrap();
-        assert_eq!((books.counts.identities, books.counts.reputations), (2, 0));
-        assert_eq!(books.commit().unwrap(), []);
-        let known = |id| books.meet(id).unwrap().key.is_some();
+        database.run_job(|database| database.bind("c", &[1; 32], 0).map(drop)).unwrap();
+        assert_eq!((database.counts.identities, database.counts.reputations), (2, 0));
+        assert_eq!(database.commit().unwrap(), []);
+        let known = |id| database.known_identity(id).unwrap().key.is_some();
         assert!(known("a") && !known("b") && known("c"));
     }
 
     #[test]
     fn full_tables_refuse_new_rows_and_keep_old_ones() {
-        let mut books = books();
-        books.bind("a", &[1; 32], 0).unwrap();
-        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap();
-        books.counts = RowCounts {
+        let mut database = in_memory();
+        database.bind("a", &[1; 32], 0).unwrap();
+        let id = database.begin_transfers("a", "b", 1, 0.0).unwrap();
+        database.counts = RowCounts {
             identities: MAX_IDENTITIES,
             reputations: MAX_REPUTATIONS,
             transfers: MAX_TRANSFERS,
         };
-        assert_eq!(books.bind("b", &[1; 32], 0).unwrap(), BindOutcome::Full);
-        assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), BindOutcome::Bound(_)));
-        assert_eq!(signed(&mut books, id, "a", Role::Sender, 1, 1), ReportOutcome::Pending);
-        assert_eq!(report(&mut books, id, Role::Receiver, 1), ReportOutcome::Resolved(true));
-        books.count("a", true, 1, 0, 0).unwrap();
-        assert_eq!(books.reputation("a").unwrap(), Reputation::default());
+        assert_eq!(database.bind("b", &[1; 32], 0).unwrap(), BindOutcome::Full);
+        assert!(matches!(database.bind("a", &[1; 32], 1).unwrap(), BindOutcome::Bound(_)));
+        assert_eq!(signed(&mut database, id, "a", Role::Sender, 1, 1), ReportOutcome::Pending);
+        assert_eq!(report(&mut database, id, Role::Receiver, 1), ReportOutcome::Resolved(true));
+        database.add_to_reputation("a", true, 1, 0, 0).unwrap();
+        assert_eq!(database.reputation("a").unwrap(), Reputation::default());
     }
 
     /// Guards against a few addresses that fill the table, so that nobody else begins transfers.
     #[test]
     fn transfers_beyond_limit_replace_oldest() {
-        let mut books = books();
-        let [first, second] = [1, 2].map(|n| books.begin_transfers("a", "b", n, 0.0).unwrap());
-        books.counts.transfers = MAX_TRANSFERS;
-        let new = books.begin_transfers("a", "b", 2, 0.0).unwrap();
-        assert_eq!(books.counts.transfers, MAX_TRANSFERS);
-        let mut send = |id| report(&mut books, id, Role::Sender, 1);
+        let mut database = in_memory();
+        let [first, second] = [1, 2].map(|n| database.begin_transfers("a", "b", n, 0.0).unwrap());
+        database.counts.transfers = MAX_TRANSFERS;
+        let new = database.begin_transfers("a", "b", 2, 0.0).unwrap();
+        assert_eq!(database.counts.transfers, MAX_TRANSFERS);
+        let mut send = |id| report(&mut database, id, Role::Sender, 1);
         assert_eq!([send(first), send(second)], [ReportOutcome::NotFound; 2]);
         assert_eq!([send(second + 1), send(new), send(new + 1)], [ReportOutcome::Pending; 3]);
     }
@@ -982,26 +996,30 @@ mod tests {
     /// A limit on the number of pages stands for a full disk.
     #[test]
     fn full_disk_rolls_back_transaction_and_recovers() {
-        let mut books = books();
-        books.begin_transfers("a", "b", 1, 0.0).unwrap();
-        books.commit().unwrap();
-        let pages: i64 = books.db.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
-        let allow = |books: &TrackerDatabase, max: i64| {
-            books.db.query_row(&format!("pragma max_page_count = {max}"), [], |_| Ok(())).unwrap();
+        let mut database = in_memory();
+        database.begin_transfers("a", "b", 1, 0.0).unwrap();
+        database.commit().unwrap();
+        let pages: i64 =
+            database.db.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
+        let allow = |database: &TrackerDatabase, max: i64| {
+            database
+                .db
+                .query_row(&format!("pragma max_page_count = {max}"), [], |_| Ok(()))
+                .unwrap();
         };
-        allow(&books, pages);
-        books.begin().unwrap();
-        books.count("a", true, 5, 0, 0).unwrap();
+        allow(&database, pages);
+        database.begin().unwrap();
+        database.add_to_reputation("a", true, 5, 0, 0).unwrap();
         let full =
-            (0..10_000).find_map(|_| books.begin_transfers("a", "b", 256, 0.0).err()).unwrap();
+            (0..10_000).find_map(|_| database.begin_transfers("a", "b", 256, 0.0).err()).unwrap();
         assert_eq!(full.sqlite_error_code(), Some(rusqlite::ErrorCode::DiskFull));
-        books.roll_back();
-        assert_eq!((books.counts.transfers, books.counts.reputations), (1, 0));
-        assert_eq!(books.reputation("a").unwrap(), Reputation::default());
-        allow(&books, 1 << 20);
-        books.begin().unwrap();
-        assert_eq!(books.begin_transfers("a", "b", 256, 0.0).unwrap(), 2);
-        assert_eq!(books.commit().unwrap(), []);
-        assert_eq!(books.counts.transfers, 257);
+        database.roll_back();
+        assert_eq!((database.counts.transfers, database.counts.reputations), (1, 0));
+        assert_eq!(database.reputation("a").unwrap(), Reputation::default());
+        allow(&database, 1 << 20);
+        database.begin().unwrap();
+        assert_eq!(database.begin_transfers("a", "b", 256, 0.0).unwrap(), 2);
+        assert_eq!(database.commit().unwrap(), []);
+        assert_eq!(database.counts.transfers, 257);
     }
 }

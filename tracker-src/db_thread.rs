@@ -19,17 +19,17 @@ use std::{fmt, io};
 
 /// Maximum number of waiting jobs: one for each possible connection. At the bound, callers that
 /// need an answer block, and other jobs are dropped.
-const QUEUE: usize = 1024;
+const MAX_QUEUED_JOBS: usize = 1024;
 /// Maximum number of jobs in one transaction.
-const BATCH: usize = 512;
+const MAX_BATCH_JOBS: usize = 512;
 /// Maximum wait for an answer of the database. After it, the caller gets [`DatabaseUnavailable`].
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval between pruning steps.
-const PRUNE: Duration = Duration::from_secs(1);
+const PRUNE_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval between pruning steps that scan a whole table.
-const PRUNE_ALL: Duration = Duration::from_secs(3600);
+const FULL_PRUNE_INTERVAL: Duration = Duration::from_secs(3600);
 /// Interval at which the time is stored as that of the running tracker, which a restart reads.
-const ALIVE: Duration = Duration::from_secs(60);
+const ALIVE_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum bytes of filters that wait to be written. At the bound, a filter is not stored, and the
 /// tracker requests it from its node after a restart.
 const MAX_WAITING_FILTERS: usize = 64 << 20;
@@ -37,7 +37,7 @@ const MAX_WAITING_FILTERS: usize = 64 << 20;
 /// write-ahead log, and time to act.
 const MIN_FREE_BYTES: u64 = 16 << 20;
 /// Minimum interval between tests whether the database is writable.
-const PROBE: Duration = Duration::from_secs(5);
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The database cannot be used now, for this reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +66,7 @@ pub struct DatabaseStats {
 
 /// A unit of work for the database thread.
 trait DatabaseJob: Send {
-    fn run(&mut self, books: &mut TrackerDatabase) -> rusqlite::Result<()>;
+    fn run(&mut self, database: &mut TrackerDatabase) -> rusqlite::Result<()>;
     fn answer(self: Box<Self>, outcome: Result<(), DatabaseUnavailable>);
 }
 
@@ -79,9 +79,9 @@ struct JobRequest<T, F> {
 impl<T: Send, F: FnOnce(&mut TrackerDatabase) -> rusqlite::Result<T> + Send> DatabaseJob
     for JobRequest<T, F>
 {
-    fn run(&mut self, books: &mut TrackerDatabase) -> rusqlite::Result<()> {
+    fn run(&mut self, database: &mut TrackerDatabase) -> rusqlite::Result<()> {
         if let Some(work) = self.work.take() {
-            self.value = Some(work(books)?);
+            self.value = Some(work(database)?);
         }
         Ok(())
     }
@@ -100,11 +100,11 @@ pub struct DatabaseThread {
     /// `None` once the handle is closed.
     jobs: RwLock<Option<Sender<Box<dyn DatabaseJob>>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    numbers: Arc<DatabaseStats>,
+    stats: Arc<DatabaseStats>,
     tracker_id: String,
     dir: PathBuf,
     waiting_filters: Arc<AtomicUsize>,
-    probed: Mutex<Option<(Instant, Result<(), DatabaseUnavailable>)>>,
+    last_probe: Mutex<Option<(Instant, Result<(), DatabaseUnavailable>)>>,
 }
 
 impl DatabaseThread {
@@ -119,28 +119,29 @@ impl DatabaseThread {
         on_change: impl Fn(&str, Reputation) + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<(DatabaseThread, Vec<PersistedPeer>), String> {
-        let mut books = TrackerDatabase::open(path)?;
-        let present = books.present(milliseconds());
-        let present = present.and_then(|present| books.alive(milliseconds()).map(|()| present));
+        let mut database = TrackerDatabase::open(path)?;
+        let present = database.live_peers(milliseconds());
+        let present =
+            present.and_then(|present| database.record_alive(milliseconds()).map(|()| present));
         let present = present.map_err(|e| format!("database {}: {e}", path.display()))?;
         let dir = path
             .parent()
             .filter(|dir| !dir.as_os_str().is_empty())
             .unwrap_or(Path::new("."))
             .to_owned();
-        let tracker_id = books.tracker_id().to_owned();
-        let (jobs, waiting) = bounded(QUEUE);
-        let numbers = Arc::new(DatabaseStats::default());
-        let shared = numbers.clone();
-        let thread = thread::Builder::new().name("ledger".into()).spawn(move || {
+        let tracker_id = database.tracker_id().to_owned();
+        let (jobs, queue) = bounded(MAX_QUEUED_JOBS);
+        let stats = Arc::new(DatabaseStats::default());
+        let shared = stats.clone();
+        let thread = thread::Builder::new().name("database".into()).spawn(move || {
             defer!(on_end());
-            run_jobs(books, &waiting, &shared, on_change);
+            run_jobs(database, &queue, &shared, on_change);
         });
-        let thread = thread.map_err(|e: io::Error| format!("ledger: {e}"))?;
+        let thread = thread.map_err(|e: io::Error| format!("database thread: {e}"))?;
         let (jobs, thread) = (RwLock::new(Some(jobs)), Mutex::new(Some(thread)));
-        let (waiting_filters, probed) = Default::default();
+        let (waiting_filters, last_probe) = Default::default();
         Ok((
-            DatabaseThread { jobs, thread, numbers, tracker_id, dir, waiting_filters, probed },
+            DatabaseThread { jobs, thread, stats, tracker_id, dir, waiting_filters, last_probe },
             present,
         ))
     }
@@ -151,58 +152,58 @@ impl DatabaseThread {
     }
 
     /// The counters of the thread.
-    pub fn numbers(&self) -> &DatabaseStats {
-        &self.numbers
+    pub fn stats(&self) -> &DatabaseStats {
+        &self.stats
     }
 
     /// Returns the key and reputation of an ID. Blocks for at most 10 s.
     ///
     /// # Errors
     /// The database cannot be used.
-    pub fn meet(&self, id: &str) -> Result<KnownIdentity, DatabaseUnavailable> {
+    pub fn known_identity(&self, id: &str) -> Result<KnownIdentity, DatabaseUnavailable> {
         let id = id.to_owned();
-        self.ask(move |books| books.meet(&id))
+        self.ask(move |database| database.known_identity(&id))
     }
 
     /// Binds an ID to a key, unless it is bound to another. Blocks for at most 10 s. After an
     /// error, the ID may be bound all the same.
     pub fn bind(&self, id: &str, key: [u8; 32]) -> Result<BindOutcome, DatabaseUnavailable> {
         let id = id.to_owned();
-        self.ask(move |books| books.bind(&id, &key, today()))
+        self.ask(move |database| database.bind(&id, &key, today()))
     }
 
     /// Records that a bound ID was seen today. Does not block; may be lost.
-    pub fn seen(&self, id: &str) {
+    pub fn record_seen(&self, id: &str) {
         let id = id.to_owned();
-        self.submit(move |books| books.seen(&id, today()));
+        self.submit(move |database| database.record_seen(&id, today()));
     }
 
     /// Records the address of a live peer. Does not block; may be lost.
-    pub fn arrived(&self, id: &str, at: &PeerAddress) {
+    pub fn record_address(&self, id: &str, at: &PeerAddress) {
         let (id, at) = (id.to_owned(), at.clone());
-        self.submit(move |books| books.arrived(&id, &at));
+        self.submit(move |database| database.record_address(&id, &at));
     }
 
     /// Records that these peers are no longer live, except those that are in `table` again by the
     /// time the database is written: their [`DatabaseThread::arrived`] may come first. Does not
     /// block; may be lost.
-    pub fn gone(&self, ids: Vec<Arc<str>>, table: Arc<TrackerTable>) {
-        self.submit(move |books| {
-            ids.iter().filter(|id| !table.has(id)).try_for_each(|id| books.gone(id))
+    pub fn remove_live(&self, ids: Vec<Arc<str>>, table: Arc<TrackerTable>) {
+        self.submit(move |database| {
+            ids.iter().filter(|id| !table.contains(id)).try_for_each(|id| database.remove_live(id))
         });
     }
 
     /// Records a peer's new filter. Does not block; may be lost.
-    pub fn published(&self, id: &str, stamp: u64, filter: Vec<u8>) {
+    pub fn record_filter(&self, id: &str, timestamp: u64, filter: Vec<u8>) {
         let (id, len, waiting) = (id.to_owned(), filter.len(), self.waiting_filters.clone());
         let fits = waiting.fetch_add(len, Ordering::Relaxed) + len <= MAX_WAITING_FILTERS;
         let written = guard((), move |()| {
             waiting.fetch_sub(len, Ordering::Relaxed);
         });
         if fits {
-            self.submit(move |books| {
+            self.submit(move |database| {
                 let _written = written;
-                books.published(&id, stamp, &filter)
+                database.record_filter(&id, timestamp, &filter)
             });
         }
     }
@@ -210,7 +211,7 @@ impl DatabaseThread {
     /// Returns the reputation of an ID. Blocks for at most 10 s.
     pub fn reputation(&self, id: &str) -> Result<Reputation, DatabaseUnavailable> {
         let id = id.to_owned();
-        self.ask(move |books| books.reputation(&id))
+        self.ask(move |database| database.reputation(&id))
     }
 
     /// Begins transfers, and returns the first one's ID. Blocks for at most 10 s. After an error,
@@ -221,24 +222,26 @@ impl DatabaseThread {
         receiver: String,
         count: u32,
     ) -> Result<u64, DatabaseUnavailable> {
-        self.ask(move |books| books.begin_transfers(&sender, &receiver, count, seconds()))
+        self.ask(move |database| database.begin_transfers(&sender, &receiver, count, seconds()))
     }
 
     /// Records one side's report of a transfer. Blocks for at most 10 s. After an error, the report
     /// may be recorded all the same.
     pub fn report(&self, report: SideReport) -> Result<ReportOutcome, DatabaseUnavailable> {
-        self.ask(move |books| books.report(&report, today()))
+        self.ask(move |database| database.report(&report, today()))
     }
 
     /// Checks that the database can be written to. The result may be up to 5 s old. Blocks for 10 s
     /// at most for each caller that is waiting.
     pub fn probe(&self) -> Result<(), DatabaseUnavailable> {
-        let mut probed = self.probed.lock();
-        match &*probed {
-            Some((at, outcome)) if at.elapsed() < PROBE => outcome.clone(),
+        let mut last_probe = self.last_probe.lock();
+        match &*last_probe {
+            Some((at, outcome)) if at.elapsed() < PROBE_INTERVAL => outcome.clone(),
             _ => {
-                let outcome = self.room().and_then(|()| self.ask(|books| books.probe(seconds())));
-                *probed = Some((Instant::now(), outcome.clone()));
+                let outcome = self
+                    .check_disk_space()
+                    .and_then(|()| self.ask(|database| database.probe(seconds())));
+                *last_probe = Some((Instant::now(), outcome.clone()));
                 outcome
             }
         }
@@ -246,7 +249,7 @@ impl DatabaseThread {
 
     /// Checks that the disk has free space. The write test does not show that, as overwriting a row
     /// succeeds on a full disk.
-    fn room(&self) -> Result<(), DatabaseUnavailable> {
+    fn check_disk_space(&self) -> Result<(), DatabaseUnavailable> {
         let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return Ok(()) };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         if disk.f_blocks > 0 && free < MIN_FREE_BYTES {
@@ -291,7 +294,7 @@ impl DatabaseThread {
         let (reply, answer) = bounded(1);
         let job = Box::new(JobRequest { work: Some(work), value: None, reply });
         let deadline = Instant::now() + ANSWER_TIMEOUT;
-        let ended = || DatabaseUnavailable("the ledger has ended".into());
+        let ended = || DatabaseUnavailable("its thread has ended".into());
         let late = || DatabaseUnavailable(format!("no answer in {} s", ANSWER_TIMEOUT.as_secs()));
         let jobs = self.jobs().ok_or_else(ended)?;
         jobs.send_timeout(job, ANSWER_TIMEOUT).map_err(|e| match e {
@@ -329,40 +332,42 @@ fn seconds() -> f64 {
 }
 
 fn run_jobs(
-    mut books: TrackerDatabase,
-    waiting: &Receiver<Box<dyn DatabaseJob>>,
-    numbers: &DatabaseStats,
+    mut database: TrackerDatabase,
+    queue: &Receiver<Box<dyn DatabaseJob>>,
+    stats: &DatabaseStats,
     on_change: impl Fn(&str, Reputation),
 ) {
     let faults = LogThrottle::default();
-    let mut pruned = Instant::now();
-    let (mut pruned_all, mut said_alive): (Option<Instant>, Option<Instant>) = (None, None);
+    let mut last_prune = Instant::now();
+    let (mut last_full_prune, mut alive_recorded): (Option<Instant>, Option<Instant>) =
+        (None, None);
     loop {
-        numbers.turns.fetch_add(1, Ordering::Relaxed);
+        stats.turns.fetch_add(1, Ordering::Relaxed);
         let mut batch: Vec<Box<dyn DatabaseJob>> = Vec::new();
-        match waiting.recv_timeout(PRUNE.saturating_sub(pruned.elapsed())) {
+        match queue.recv_timeout(PRUNE_INTERVAL.saturating_sub(last_prune.elapsed())) {
             Ok(job) => batch.push(job),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                if let Err(e) = books.alive(milliseconds()) {
+                if let Err(e) = database.record_alive(milliseconds()) {
                     log::debug!("database: {e}");
                 }
                 return;
             }
         }
-        batch.extend(waiting.try_iter().take(BATCH - batch.len()));
-        let prune = pruned.elapsed() >= PRUNE;
-        let prune_all = prune && pruned_all.is_none_or(|at| at.elapsed() >= PRUNE_ALL);
-        if batch.is_empty() && !prune {
+        batch.extend(queue.try_iter().take(MAX_BATCH_JOBS - batch.len()));
+        let is_prune_due = last_prune.elapsed() >= PRUNE_INTERVAL;
+        let is_full_prune_due =
+            is_prune_due && last_full_prune.is_none_or(|at| at.elapsed() >= FULL_PRUNE_INTERVAL);
+        if batch.is_empty() && !is_prune_due {
             continue;
         }
         let began = Instant::now();
         let mut outcomes = Vec::with_capacity(batch.len());
-        let committed = transact(&mut books, |books| {
+        let committed = transact(&mut database, |database| {
             for job in &mut batch {
                 outcomes.push(
-                    books
-                        .job(|books| job.run(books))
+                    database
+                        .run_job(|database| job.run(database))
                         .map_err(|e| DatabaseUnavailable(e.to_string())),
                 );
             }
@@ -370,8 +375,8 @@ fn run_jobs(
         });
         match &committed {
             Ok(changed) => {
-                numbers.commits.fetch_add(1, Ordering::Relaxed);
-                numbers
+                stats.commits.fetch_add(1, Ordering::Relaxed);
+                stats
                     .commit_micros
                     .fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
                 // Before the answers, so that a client that has one sees the new reputation.
@@ -380,30 +385,30 @@ fn run_jobs(
             Err(e) => outcomes = vec![Err(DatabaseUnavailable(e.to_string())); batch.len()],
         }
         if let Some(Err(e)) = outcomes.iter().find(|outcome| outcome.is_err()) {
-            numbers.failures.fetch_add(1, Ordering::Relaxed);
+            stats.failures.fetch_add(1, Ordering::Relaxed);
             if faults.allow(began) {
                 log::error!("{e}");
             }
         }
         batch.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
-        if prune {
-            pruned = Instant::now();
-            let say_alive = said_alive.is_none_or(|at| at.elapsed() >= ALIVE);
-            let done = transact(&mut books, |books| {
-                books.prune_transfers(seconds())?;
-                books.prune_identities(today())?;
-                if prune_all {
-                    books.prune_reputations(today())?;
+        if is_prune_due {
+            last_prune = Instant::now();
+            let is_alive_due = alive_recorded.is_none_or(|at| at.elapsed() >= ALIVE_INTERVAL);
+            let done = transact(&mut database, |database| {
+                database.prune_transfers(seconds())?;
+                database.prune_identities(today())?;
+                if is_full_prune_due {
+                    database.prune_reputations(today())?;
                 }
-                if say_alive {
-                    books.alive(milliseconds())?;
+                if is_alive_due {
+                    database.record_alive(milliseconds())?;
                 }
                 Ok(())
             });
-            pruned_all = if prune_all { Some(pruned) } else { pruned_all };
-            said_alive = if say_alive { Some(pruned) } else { said_alive };
+            last_full_prune = if is_full_prune_due { Some(last_prune) } else { last_full_prune };
+            alive_recorded = if is_alive_due { Some(last_prune) } else { alive_recorded };
             if let Err(e) = done
-                && faults.allow(pruned)
+                && faults.allow(last_prune)
             {
                 log::error!("database: pruning: {e}");
             }
@@ -412,12 +417,12 @@ fn run_jobs(
 }
 
 fn transact(
-    books: &mut TrackerDatabase,
+    database: &mut TrackerDatabase,
     work: impl FnOnce(&mut TrackerDatabase) -> rusqlite::Result<()>,
 ) -> rusqlite::Result<Vec<(String, Reputation)>> {
-    let done = books.begin().and_then(|()| work(books)).and_then(|()| books.commit());
+    let done = database.begin().and_then(|()| work(database)).and_then(|()| database.commit());
     if done.is_err() {
-        books.roll_back();
+        database.roll_back();
     }
     done
 }
@@ -438,13 +443,13 @@ mod tests {
         let now = TrackerTime { at: Instant::now(), ms: milliseconds() };
         let table = Arc::new(TrackerTable::new(now, 1 << 20));
         let at = PeerAddress { addr: "a.example".into(), port: 1, from: [203, 0, 113, 1].into() };
-        let (ledger, _) = DatabaseThread::open(&file, |_, _| {}, || {}).unwrap();
+        let (database, _) = DatabaseThread::open(&file, |_, _| {}, || {}).unwrap();
         for id in ["back", "away"] {
-            ledger.arrived(id, &at);
+            database.record_address(id, &at);
         }
         table.announce("back", at, None, None, None, now).unwrap();
-        ledger.gone(vec!["back".into(), "away".into()], table);
-        ledger.close();
+        database.remove_live(vec!["back".into(), "away".into()], table);
+        database.close();
         let (_ledger, present) = DatabaseThread::open(&file, |_, _| {}, || {}).unwrap();
         let present: Vec<_> = present.into_iter().map(|peer| peer.id).collect();
         assert_eq!(present, ["back"]);

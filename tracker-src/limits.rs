@@ -46,38 +46,38 @@ const RATES: [(f64, f64); 7] = [
 const MAX_ADDRESSES: usize = 65_536;
 
 /// Minimum interval between scans for full buckets when the table is full.
-const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Key of the shared buckets. It is that of `::`, which is no source address.
 const SHARED_KEY: u128 = 0;
 
 #[derive(Clone, Copy)]
 struct TokenBuckets {
-    left: [f64; RATES.len()],
-    at: Instant,
+    tokens: [f64; RATES.len()],
+    refilled_at: Instant,
 }
 
 impl TokenBuckets {
     fn full(now: Instant) -> Self {
-        TokenBuckets { left: RATES.map(|(_, max)| max), at: now }
+        TokenBuckets { tokens: RATES.map(|(_, max)| max), refilled_at: now }
     }
 
     fn refill(&mut self, now: Instant) {
-        let passed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.at = self.at.max(now);
-        for (left, (rate, max)) in self.left.iter_mut().zip(RATES) {
-            *left = (*left + passed * rate).min(max);
+        let passed = now.saturating_duration_since(self.refilled_at).as_secs_f64();
+        self.refilled_at = self.refilled_at.max(now);
+        for (tokens, (rate, max)) in self.tokens.iter_mut().zip(RATES) {
+            *tokens = (*tokens + passed * rate).min(max);
         }
     }
 
     fn is_full(&self) -> bool {
-        self.left.iter().zip(RATES).all(|(left, (_, max))| *left >= max)
+        self.tokens.iter().zip(RATES).all(|(tokens, (_, max))| *tokens >= max)
     }
 }
 
 struct LimitsState {
     buckets: HashMap<u128, TokenBuckets>,
-    swept: Option<Instant>,
+    last_sweep: Option<Instant>,
 }
 
 /// The token buckets of all addresses.
@@ -85,7 +85,7 @@ pub struct RateLimits(Mutex<LimitsState>);
 
 impl Default for RateLimits {
     fn default() -> Self {
-        RateLimits(Mutex::new(LimitsState { buckets: HashMap::new(), swept: None }))
+        RateLimits(Mutex::new(LimitsState { buckets: HashMap::new(), last_sweep: None }))
     }
 }
 
@@ -95,38 +95,40 @@ impl RateLimits {
     /// # Errors
     /// No token is left. Returns the time until there is one.
     pub fn take(&self, ip: IpAddr, kind: LimitKind, now: Instant) -> Result<(), Duration> {
-        let mut inner = self.0.lock();
+        let mut state = self.0.lock();
         let mut key = limit_key(ip);
-        if !inner.buckets.contains_key(&key) && inner.buckets.len() >= MAX_ADDRESSES {
-            let due = inner.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= SWEEP);
+        if !state.buckets.contains_key(&key) && state.buckets.len() >= MAX_ADDRESSES {
+            let due = state.last_sweep.is_none_or(|last_sweep| {
+                now.saturating_duration_since(last_sweep) >= SWEEP_INTERVAL
+            });
             if due {
-                inner.swept = Some(now);
-                inner.buckets.retain(|_, buckets| {
+                state.last_sweep = Some(now);
+                state.buckets.retain(|_, buckets| {
                     buckets.refill(now);
                     !buckets.is_full()
                 });
             }
-            if inner.buckets.len() >= MAX_ADDRESSES {
+            if state.buckets.len() >= MAX_ADDRESSES {
                 key = SHARED_KEY;
             }
         }
-        let buckets = inner.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
+        let buckets = state.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
         buckets.refill(now);
-        let left = &mut buckets.left[kind as usize];
-        if *left >= 1.0 {
-            *left -= 1.0;
+        let tokens = &mut buckets.tokens[kind as usize];
+        if *tokens >= 1.0 {
+            *tokens -= 1.0;
             return Ok(());
         }
-        Err(Duration::from_secs_f64((1.0 - *left) / RATES[kind as usize].0))
+        Err(Duration::from_secs_f64((1.0 - *tokens) / RATES[kind as usize].0))
     }
 
     /// Takes `more` tokens for a call that is worth several. The bucket may go negative.
     pub fn charge(&self, ip: IpAddr, kind: LimitKind, more: u32, now: Instant) {
-        let mut inner = self.0.lock();
+        let mut state = self.0.lock();
         let key =
-            if inner.buckets.contains_key(&limit_key(ip)) { limit_key(ip) } else { SHARED_KEY };
-        let buckets = inner.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
-        buckets.left[kind as usize] -= f64::from(more);
+            if state.buckets.contains_key(&limit_key(ip)) { limit_key(ip) } else { SHARED_KEY };
+        let buckets = state.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
+        buckets.tokens[kind as usize] -= f64::from(more);
     }
 }
 

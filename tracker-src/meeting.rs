@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// Maximum number of tags in one request, one for each of 16 friends. More are refused.
-pub const MAX_TAGS_OF_ONE: usize = 16;
+pub const MAX_TAGS: usize = 16;
 /// Length of a tag in hexadecimal digits.
 const TAG_LEN: usize = 64;
 /// Maximum number of addresses under one tag. Two friends need two. At the bound, a new one
@@ -21,9 +21,9 @@ const MAX_PLACES: usize = 4;
 /// others.
 const MAX_STORED: usize = 32_768;
 /// Lifetime of an address: two intervals at which nodes repeat the request.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(120);
+const PLACE_TTL: Duration = Duration::from_secs(120);
 /// Minimum interval between scans for expired addresses when the table is full.
-const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Body of `POST /meet`.
 #[derive(Deserialize)]
@@ -32,8 +32,7 @@ pub struct MeetBody {
     pub port: Option<u16>,
     /// Address or host name of the node, if it is not the request's source address.
     pub addr: Option<String>,
-    /// Tags under which the address is stored, and others are returned. At most
-    /// [`MAX_TAGS_OF_ONE`].
+    /// Tags under which the address is stored, and others are returned. At most [`MAX_TAGS`].
     pub tags: Vec<String>,
 }
 
@@ -60,16 +59,16 @@ type Tag = [u8; TAG_LEN];
 /// An address under a tag.
 struct StoredPlace {
     place: MeetingPlace,
-    at: Instant,
+    stored_at: Instant,
     /// Household (see [`address::limit_key`]) of the request that stored it.
-    holder: u128,
+    household: u128,
     /// Sequence number; later ones are greater.
-    number: u64,
+    sequence: u64,
 }
 
 impl StoredPlace {
     fn is_live(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.at) < FORGOTTEN_AFTER
+        now.saturating_duration_since(self.stored_at) < PLACE_TTL
     }
 }
 
@@ -78,12 +77,12 @@ struct MeetingTable {
     /// The stored addresses, the latest last.
     by_tag: HashMap<Tag, Vec<StoredPlace>>,
     /// Tags of each household's addresses by sequence number, so that its oldest one is first.
-    by_holder: HashMap<u128, BTreeMap<u64, Tag>>,
+    by_household: HashMap<u128, BTreeMap<u64, Tag>>,
     /// Households by number of stored addresses.
     sizes: BTreeSet<(usize, u128)>,
     stored: usize,
-    next_number: u64,
-    swept: Option<Instant>,
+    next_sequence: u64,
+    last_sweep: Option<Instant>,
 }
 
 /// All stored addresses.
@@ -103,18 +102,18 @@ impl Meetings {
         from: IpAddr,
         now: Instant,
     ) -> Result<MeetReply, &'static str> {
-        if tags.len() > MAX_TAGS_OF_ONE {
+        if tags.len() > MAX_TAGS {
             return Err("tags: more than 16");
         }
         let tags = tags.iter().map(|tag| parse(tag)).collect::<Option<Vec<_>>>();
         let tags = tags.ok_or("tags: not 64 hexadecimal digits each")?;
-        let holder = address::limit_key(from);
+        let household = address::limit_key(from);
         let mut table = self.0.lock();
         let mut places = Vec::new();
         for tag in tags {
             places.push(table.others(&tag, own, now));
             if let Some(own) = own {
-                table.store(tag, own, holder, now);
+                table.store(tag, own, household, now);
             }
         }
         Ok(MeetReply { addr: from, places })
@@ -129,20 +128,21 @@ impl MeetingTable {
     }
 
     /// Stores `own` as the latest address under the tag.
-    fn store(&mut self, tag: Tag, own: &MeetingPlace, holder: u128, now: Instant) {
+    fn store(&mut self, tag: Tag, own: &MeetingPlace, household: u128, now: Instant) {
         self.remove(&tag, |stored| stored.place == *own || !stored.is_live(now));
         let oldest = self.by_tag.get(&tag).filter(|places| places.len() >= MAX_PLACES);
-        if let Some(oldest) = oldest.and_then(|places| places.first()).map(|stored| stored.number) {
-            self.remove(&tag, |stored| stored.number == oldest);
+        if let Some(oldest) = oldest.and_then(|places| places.first()).map(|stored| stored.sequence)
+        {
+            self.remove(&tag, |stored| stored.sequence == oldest);
         }
         self.make_room(now);
-        let number = self.next_number;
-        self.next_number += 1;
-        let stored = StoredPlace { place: own.clone(), at: now, holder, number };
+        let sequence = self.next_sequence;
+        self.next_sequence += 1;
+        let stored = StoredPlace { place: own.clone(), stored_at: now, household, sequence };
         self.by_tag.entry(tag).or_default().push(stored);
         self.stored += 1;
-        self.change_holder(holder, |tags| {
-            tags.insert(number, tag);
+        self.change_household(household, |tags| {
+            tags.insert(sequence, tag);
         });
     }
 
@@ -151,18 +151,21 @@ impl MeetingTable {
         if self.stored < MAX_STORED {
             return;
         }
-        if self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= SWEEP) {
-            self.swept = Some(now);
+        if self
+            .last_sweep
+            .is_none_or(|last_sweep| now.saturating_duration_since(last_sweep) >= SWEEP_INTERVAL)
+        {
+            self.last_sweep = Some(now);
             let tags: Vec<Tag> = self.by_tag.keys().copied().collect();
             tags.iter().for_each(|tag| self.remove(tag, |stored| !stored.is_live(now)));
         }
         while self.stored >= MAX_STORED
-            && let Some((_, holder)) = self.sizes.last()
-            && let Some((number, tag)) =
-                self.by_holder.get(holder).and_then(BTreeMap::first_key_value)
+            && let Some((_, household)) = self.sizes.last()
+            && let Some((sequence, tag)) =
+                self.by_household.get(household).and_then(BTreeMap::first_key_value)
         {
-            let (number, tag) = (*number, *tag);
-            self.remove(&tag, |stored| stored.number == number);
+            let (sequence, tag) = (*sequence, *tag);
+            self.remove(&tag, |stored| stored.sequence == sequence);
         }
     }
 
@@ -174,22 +177,22 @@ impl MeetingTable {
             self.by_tag.remove(tag);
         }
         self.stored -= gone.len();
-        for StoredPlace { holder, number, .. } in gone {
-            self.change_holder(holder, |tags| {
-                tags.remove(&number);
+        for StoredPlace { household, sequence, .. } in gone {
+            self.change_household(household, |tags| {
+                tags.remove(&sequence);
             });
         }
     }
 
     /// Changes what a household holds, and updates its size.
-    fn change_holder(&mut self, holder: u128, change: impl FnOnce(&mut BTreeMap<u64, Tag>)) {
-        let tags = self.by_holder.entry(holder).or_default();
-        self.sizes.remove(&(tags.len(), holder));
+    fn change_household(&mut self, household: u128, change: impl FnOnce(&mut BTreeMap<u64, Tag>)) {
+        let tags = self.by_household.entry(household).or_default();
+        self.sizes.remove(&(tags.len(), household));
         change(tags);
         if tags.is_empty() {
-            self.by_holder.remove(&holder);
+            self.by_household.remove(&household);
         } else {
-            self.sizes.insert((tags.len(), holder));
+            self.sizes.insert((tags.len(), household));
         }
     }
 }
@@ -232,7 +235,7 @@ mod tests {
         assert_eq!(places(&meetings, &[tag(3)], now), [[place(2)]]);
         let met = meetings.meet(&both, Some(&place(1)), ip(1), now).unwrap();
         assert_eq!(met.places, [vec![], vec![place(2)]]);
-        assert_eq!(places(&meetings, &both, now + FORGOTTEN_AFTER), [vec![], vec![]]);
+        assert_eq!(places(&meetings, &both, now + PLACE_TTL), [vec![], vec![]]);
     }
 
     #[test]
@@ -268,10 +271,10 @@ mod tests {
         for n in 0..MAX_STORED as u32 {
             meetings.meet(&[tag(n)], Some(&place(9)), ip(1), now).unwrap();
         }
-        let later = now + FORGOTTEN_AFTER;
+        let later = now + PLACE_TTL;
         meetings.meet(&[tag(u32::MAX)], Some(&place(9)), ip(2), later).unwrap();
         let table = meetings.0.lock();
-        assert_eq!((table.stored, table.by_tag.len(), table.by_holder.len()), (1, 1, 1));
+        assert_eq!((table.stored, table.by_tag.len(), table.by_household.len()), (1, 1, 1));
     }
 
     #[test]

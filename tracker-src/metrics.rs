@@ -69,7 +69,7 @@ pub struct TrackerMetrics {
 
 impl TrackerMetrics {
     /// Counts an answered request.
-    pub fn answered(&self, call: CountedCall, status: u16) {
+    pub fn record_answer(&self, call: CountedCall, status: u16) {
         let class = match status {
             ..400 => 0,
             400..500 => 1,
@@ -79,27 +79,27 @@ impl TrackerMetrics {
     }
 
     /// Counts a request that was refused by its address's rate limit.
-    pub fn limited(&self) {
+    pub fn record_limited(&self) {
         add(&self.limited, 1);
     }
 
     /// Counts the candidates of a lookup.
-    pub fn found(&self, candidates: usize) {
+    pub fn record_candidates(&self, candidates: usize) {
         add(&self.candidates, candidates as u64);
     }
 
     /// Counts transfers that began.
-    pub fn begun(&self, count: u32) {
+    pub fn record_transfers(&self, count: u32) {
         add(&self.transfers, count.into());
     }
 
     /// Counts a transfer of which both sides have reported.
-    pub fn resolved(&self, consistent: bool) {
+    pub fn record_resolved(&self, consistent: bool) {
         add(if consistent { &self.agreed } else { &self.disagreed }, 1);
     }
 
     /// Returns the page of `GET /metrics`.
-    pub fn page(&self, counts: TableCounts, ledger: &DatabaseStats) -> String {
+    pub fn page(&self, counts: TableCounts, database_stats: &DatabaseStats) -> String {
         let mut page = MetricsPage(String::new());
         page.one("peers", "gauge", "Peers that are here.", counts.peers as f64);
         page.one(
@@ -140,13 +140,13 @@ impl TrackerMetrics {
         page.row("transfers_resolved_total", "{result=\"consistent\"}", get(&self.agreed));
         page.row("transfers_resolved_total", "{result=\"inconsistent\"}", get(&self.disagreed));
         page.head("ledger_commit_seconds", "summary", "Transactions, and the time they took.");
-        page.row("ledger_commit_seconds_sum", "", get(&ledger.commit_micros) / 1e6);
-        page.row("ledger_commit_seconds_count", "", get(&ledger.commits));
+        page.row("ledger_commit_seconds_sum", "", get(&database_stats.commit_micros) / 1e6);
+        page.row("ledger_commit_seconds_count", "", get(&database_stats.commits));
         page.one(
             "ledger_failures_total",
             "counter",
             "Transactions that failed.",
-            get(&ledger.failures),
+            get(&database_stats.failures),
         );
         page.0
     }
@@ -188,9 +188,9 @@ mod tests {
     #[test]
     fn page_has_type_line_and_number_for_each_row() {
         let metrics = TrackerMetrics::default();
-        metrics.answered(CountedCall::Other, 404);
-        metrics.answered(CountedCall::Announce, 200);
-        metrics.found(3);
+        metrics.record_answer(CountedCall::Other, 404);
+        metrics.record_answer(CountedCall::Announce, 200);
+        metrics.record_candidates(3);
         let page = metrics
             .page(TableCounts { peers: 2, ..TableCounts::default() }, &DatabaseStats::default());
         for line in page.lines().filter(|line| !line.starts_with('#')) {

@@ -32,10 +32,10 @@ const MAX_WAITING: usize = 4096;
 const NAME_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Pause before another attempt, if the rate limit does not allow the connection yet.
-const PACE_PAUSE: Duration = Duration::from_millis(100);
+const RATE_RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Maximum number of such attempts. At the bound, the address is not tested: peers with many ports
 /// of one address would otherwise block the threads.
-const PACE_TRIES: u32 = 20;
+const MAX_RATE_TRIES: u32 = 20;
 
 /// An announced address that is to be tested.
 pub struct AnnouncedAddress {
@@ -58,24 +58,24 @@ pub fn start(
     on_end: impl Fn() + Clone + Send + 'static,
 ) -> io::Result<Sender<AnnouncedAddress>> {
     let (announced, waiting) = bounded(MAX_WAITING);
-    let pace = Arc::new(Mutex::new(ConnectRate::default()));
+    let connect_rate = Arc::new(Mutex::new(ConnectRate::default()));
     let names = Arc::new(names);
     for _ in 0..THREADS {
-        let (table, names, waiting, pace, on_end) =
-            (table.clone(), names.clone(), waiting.clone(), pace.clone(), on_end.clone());
+        let (table, names, waiting, connect_rate, on_end) =
+            (table.clone(), names.clone(), waiting.clone(), connect_rate.clone(), on_end.clone());
         thread::Builder::new().name("reach".into()).spawn(move || {
             defer!(on_end());
-            try_announced(&table, &names, &waiting, &pace);
+            test_announced(&table, &names, &waiting, &connect_rate);
         })?;
     }
     Ok(announced)
 }
 
-fn try_announced(
+fn test_announced(
     table: &TrackerTable,
     names: &Arc<NameResolver>,
     waiting: &Receiver<AnnouncedAddress>,
-    pace: &Mutex<ConnectRate>,
+    connect_rate: &Mutex<ConnectRate>,
 ) {
     for AnnouncedAddress { id, addr, port } in waiting {
         let ip = match parse_address(&addr) {
@@ -91,20 +91,20 @@ fn try_announced(
             table.set_reachable(&id, (&addr, port), false);
             continue;
         };
-        let at = SocketAddr::new(ip, port);
-        let take = || pace.lock().take(at.ip(), Instant::now());
-        if !(0..PACE_TRIES).any(|_| {
-            let may = take() == ConnectDecision::Now;
-            if !may {
-                thread::sleep(PACE_PAUSE);
+        let address = SocketAddr::new(ip, port);
+        let decide = || connect_rate.lock().take(address.ip(), Instant::now());
+        if !(0..MAX_RATE_TRIES).any(|_| {
+            let is_allowed = decide() == ConnectDecision::Now;
+            if !is_allowed {
+                thread::sleep(RATE_RETRY_PAUSE);
             }
-            may
+            is_allowed
         }) {
             continue;
         }
-        let reached = ask(at);
+        let reached = test(address);
         if let Err(e) = &reached {
-            log::debug!("{id} is not reached at {at}: {e}");
+            log::debug!("{id} is not reached at {address}: {e}");
         }
         table.set_reachable(&id, (&addr, port), reached.is_ok());
     }
@@ -112,21 +112,21 @@ fn try_announced(
 
 /// Maximum time for connection and answer. A lookup takes at most 2 s in all, so it could not use a
 /// slower peer.
-const TIMEOUT: Duration = Duration::from_secs(2);
+const TEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Maximum bytes of the answer that are read. A peerix sends about 300.
-const MAX_ANSWER: usize = 2048;
+const MAX_ANSWER_BYTES: usize = 2048;
 
 /// Requests `/nix-cache-info`, which every peerix serves to everyone. Blocks for at most 2 s.
 ///
 /// # Errors
 /// No connection, no answer in time, or an answer of another program.
-pub fn ask(node: SocketAddr) -> io::Result<()> {
-    let deadline = Instant::now() + TIMEOUT;
-    let mut stream = TcpStream::connect_timeout(&node, TIMEOUT)?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+pub fn test(node: SocketAddr) -> io::Result<()> {
+    let deadline = Instant::now() + TEST_TIMEOUT;
+    let mut stream = TcpStream::connect_timeout(&node, TEST_TIMEOUT)?;
+    stream.set_write_timeout(Some(TEST_TIMEOUT))?;
     stream.write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n")?;
-    let (mut answer, mut length) = ([0; MAX_ANSWER], 0);
+    let (mut answer, mut length) = ([0; MAX_ANSWER_BYTES], 0);
     // Does not wait for the end of the connection, which a server may keep open.
     while !answer[..length].windows(9).any(|window| window == b"StoreDir:") {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -178,7 +178,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(60);
         while reachable("none.example").is_none() {
             assert!(Instant::now() < deadline, "it is not tested");
-            thread::sleep(PACE_PAUSE);
+            thread::sleep(RATE_RETRY_PAUSE);
         }
         assert_eq!(reachable("slow0.example"), None, "which is not known");
         drop(release);

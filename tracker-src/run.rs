@@ -17,10 +17,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Interval at which expired peers are removed. Answers omit them as soon as they expire.
-const SWEEP: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Requested limit of file descriptors: one for each connection, and some others.
-const DESCRIPTORS: u64 = 2048;
+const FILE_DESCRIPTORS: u64 = 2048;
 
 /// Why the main thread wakes up.
 enum TrackerWakeup {
@@ -35,7 +35,7 @@ enum TrackerWakeup {
 /// # Errors
 /// Returns one line: why it cannot start, or which thread has ended.
 pub fn run(options: &Options) -> Result<(), String> {
-    service::allow_descriptors(DESCRIPTORS);
+    service::allow_descriptors(FILE_DESCRIPTORS);
     let (listeners, port) = sockets::open_tcp(&options.hosts, options.port, "--host")?;
     let (wakeups, woken) = bounded(8);
     let ended = |what| {
@@ -44,35 +44,38 @@ pub fn run(options: &Options) -> Result<(), String> {
     };
     let signal = wakeups.clone();
     let signals = service::watch_signals(move || drop(signal.try_send(TrackerWakeup::Signal)))
-        .map_err(in_front("signals"))?;
+        .map_err(with_prefix("signals"))?;
 
     let now = api::now();
     let table = Arc::new(TrackerTable::new(now, options.filter_memory));
-    let changed = table.clone();
-    let on_change = move |id: &str, reputation| changed.set_reputation(id, reputation);
-    let (ledger, present) = DatabaseThread::open(&options.db_path, on_change, ended("ledger"))?;
-    log::info!("{} peers were here when the tracker ended", present.len());
-    present.into_iter().for_each(|peer| table.restore(peer, now));
-    let ledger = Arc::new(ledger);
-    let reach = reachability::start(&table, NameResolver::default(), ended("reach"))
-        .map_err(in_front("reach"))?;
-    let api = Arc::new(Api::new(table.clone(), ledger.clone(), reach, options.proxies.clone()));
-    let server = Server::start(listeners, api, ended("http")).map_err(in_front("http server"))?;
+    let reputation_table = table.clone();
+    let on_change = move |id: &str, reputation| reputation_table.set_reputation(id, reputation);
+    let (database, live_peers) =
+        DatabaseThread::open(&options.db_path, on_change, ended("database"))?;
+    log::info!("{} peers were here when the tracker ended", live_peers.len());
+    live_peers.into_iter().for_each(|peer| table.restore(peer, now));
+    let database = Arc::new(database);
+    let reach_queue = reachability::start(&table, NameResolver::default(), ended("reach"))
+        .map_err(with_prefix("reach"))?;
+    let api =
+        Arc::new(Api::new(table.clone(), database.clone(), reach_queue, options.proxies.clone()));
+    let server =
+        Server::start(listeners, api, ended("http")).map_err(with_prefix("http server"))?;
 
     log::info!("peerix-tracker {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
-    let result = wait(&woken, &table, &ledger);
+    let result = wait(&woken, &table, &database);
     notify(&[NotifyState::Stopping]);
     log::info!("stopping");
     // Requests under way need the database, so the server ends first. Its threads may keep a
-    // reference to `ledger`, so it is closed explicitly.
+    // reference to `database`, so it is closed explicitly.
     drop(server);
-    ledger.close();
+    database.close();
     drop(signals);
     result
 }
 
-fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
+fn with_prefix<E: Display>(what: &str) -> impl Fn(E) -> String {
     move |e| format!("{what}: {e}")
 }
 
@@ -81,15 +84,15 @@ fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
 fn wait(
     woken: &Receiver<TrackerWakeup>,
     table: &Arc<TrackerTable>,
-    ledger: &DatabaseThread,
+    database: &DatabaseThread,
 ) -> Result<(), String> {
     let watchdog = sd_notify::watchdog_enabled();
     // The database thread makes at least one round a second.
-    let look = watchdog.map_or(SWEEP, |limit| (limit / 3).min(SWEEP));
-    let mut turns = ledger.numbers().turns.load(Ordering::Relaxed);
-    let mut swept = Instant::now();
+    let interval = watchdog.map_or(SWEEP_INTERVAL, |limit| (limit / 3).min(SWEEP_INTERVAL));
+    let mut last_turn = database.stats().turns.load(Ordering::Relaxed);
+    let mut last_sweep = Instant::now();
     loop {
-        match woken.recv_timeout(look) {
+        match woken.recv_timeout(interval) {
             Ok(TrackerWakeup::Signal) => return Ok(()),
             Ok(TrackerWakeup::Ended(what)) => {
                 return Err(format!("the {what} thread ended; see the log"));
@@ -99,17 +102,17 @@ fn wait(
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if swept.elapsed() >= SWEEP {
-            swept = Instant::now();
+        if last_sweep.elapsed() >= SWEEP_INTERVAL {
+            last_sweep = Instant::now();
             let gone = table.sweep(api::now());
             if !gone.is_empty() {
-                ledger.gone(gone, table.clone());
+                database.remove_live(gone, table.clone());
             }
         }
-        let now = ledger.numbers().turns.load(Ordering::Relaxed);
-        if now != turns && watchdog.is_some() {
+        let turn = database.stats().turns.load(Ordering::Relaxed);
+        if turn != last_turn && watchdog.is_some() {
             notify(&[NotifyState::Watchdog]);
         }
-        turns = now;
+        last_turn = turn;
     }
 }

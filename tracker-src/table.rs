@@ -23,7 +23,7 @@ pub const MAX_PEERS: usize = 262_144;
 
 /// Maximum number of bound IDs in memory: live ones, and those whose last signed request could
 /// still be replayed. At the bound, signed requests of further IDs are refused.
-const MAX_KNOWN: usize = 2 * MAX_PEERS;
+const MAX_KNOWN_IDENTITIES: usize = 2 * MAX_PEERS;
 
 /// Maximum difference in milliseconds between a signed request's time and the tracker's clock.
 /// Machines without a time service drift by less in a month, and refusals contain the tracker's
@@ -32,13 +32,13 @@ pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
 
 /// Interval between reachability tests of a peer that was reached: 28 tests a second for 100,000
 /// peers. A changed address is tested at once.
-const REACH_INTERVAL: Interval = Interval::from_secs(3600);
+const REACH_TEST_INTERVAL: Interval = Interval::from_secs(3600);
 /// Interval between reachability tests of a peer that was not reached, or whose test was skipped.
-const REACH_RETRY: Interval = Interval::from_secs(600);
+const REACH_RETRY_INTERVAL: Interval = Interval::from_secs(600);
 
 /// Maximum number of peers without a filter that a lookup examines for networks that it does not
 /// list yet.
-const LOOKED_AT: usize = 256;
+const MAX_EXAMINED: usize = 256;
 
 /// Milliseconds of a day. The database is told once a day that an ID is in use.
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -101,7 +101,7 @@ pub struct Claim {
     /// The ed25519 public key.
     pub key: [u8; 32],
     /// Time of the request according to the node, in milliseconds since 1970.
-    pub stamp: u64,
+    pub timestamp: u64,
 }
 
 /// Why a request is refused.
@@ -140,7 +140,7 @@ pub struct PeerRow {
     /// Its peer ID.
     pub peer_id: Arc<str>,
     /// Its announced address.
-    pub whereabouts: PeerAddress,
+    pub address: PeerAddress,
     /// Time of its last announce, in milliseconds since 1970.
     pub last_seen_ms: u64,
     /// Its reputation.
@@ -160,7 +160,7 @@ pub struct AnnounceOutcome {
     /// Result of the last reachability test; `None` if there was none.
     pub reachable: Option<bool>,
     /// Whether the address is to be tested now.
-    pub to_be_reached: bool,
+    pub needs_reach_test: bool,
     /// Address of another machine that announces itself with the same identity.
     pub also_at: Option<IpAddr>,
 }
@@ -178,22 +178,22 @@ pub struct TableCounts {
 
 struct PublishedFilter {
     place: FilterPlace,
-    stamp: u64,
+    timestamp: u64,
     /// When the filter was published; `None` if that was before the tracker's start.
     at: Option<Instant>,
 }
 
 struct PeerEntry {
     id: Arc<str>,
-    whereabouts: PeerAddress,
+    address: PeerAddress,
     last_seen_ms: u64,
     expires: Instant,
     reputation: Reputation,
     /// Sequence number; newer peers have greater ones.
-    number: u64,
+    sequence: u64,
     published: Option<PublishedFilter>,
     reachable: Option<bool>,
-    reach_tried: Option<Instant>,
+    last_reach_test: Option<Instant>,
     /// Random number of the node's start, from its last announce.
     instance: Option<u64>,
     /// Earlier instances and when another one replaced each, the latest last.
@@ -201,17 +201,17 @@ struct PeerEntry {
 }
 
 impl PeerEntry {
-    fn new(id: Arc<str>, whereabouts: PeerAddress, number: u64, now: TrackerTime) -> PeerEntry {
+    fn new(id: Arc<str>, address: PeerAddress, sequence: u64, now: TrackerTime) -> PeerEntry {
         PeerEntry {
             id,
-            whereabouts,
+            address,
             last_seen_ms: now.ms,
             expires: now.at + PEER_TTL.get(),
             reputation: Reputation::default(),
-            number,
+            sequence,
             published: None,
             reachable: None,
-            reach_tried: None,
+            last_reach_test: None,
             instance: None,
             replaced: VecDeque::new(),
         }
@@ -220,7 +220,7 @@ impl PeerEntry {
     /// Sort key: reachable peers first, then the best score, then the oldest peer.
     fn rank(&self, slot: u32) -> CandidateRank {
         // Non-negative floats sort like their bits.
-        (self.class(), !self.reputation.score().to_bits(), self.number, slot)
+        (self.class(), !self.reputation.score().to_bits(), self.sequence, slot)
     }
 
     /// Reachable peers sort before untested ones, and those before unreachable ones.
@@ -235,7 +235,7 @@ impl PeerEntry {
     /// The network of the announced IP address, or of the announce's source if a host name was
     /// announced.
     fn network(&self) -> u128 {
-        address::network(self.whereabouts.addr.parse().unwrap_or(self.whereabouts.from))
+        address::network(self.address.addr.parse().unwrap_or(self.address.from))
     }
 
     /// Records the instance of an announce. Returns the address of another machine with the same
@@ -254,14 +254,14 @@ impl PeerEntry {
             self.replaced.pop_front();
         }
         self.replaced.push_back((last, now));
-        is_back.then_some(self.whereabouts.from)
+        is_back.then_some(self.address.from)
     }
 
     fn candidate(&self) -> Candidate {
         Candidate {
             peer_id: self.id.to_string(),
-            addr: self.whereabouts.addr.clone(),
-            port: self.whereabouts.port,
+            addr: self.address.addr.clone(),
+            port: self.address.port,
             score: self.reputation.rounded_score(),
         }
     }
@@ -274,7 +274,7 @@ type CandidateRank = (u8, u64, u64, u32);
 struct BoundIdentity {
     key: [u8; 32],
     /// Time of its last signed request, in milliseconds since 1970.
-    stamp: u64,
+    timestamp: u64,
     /// The last day, counted from 1970, on which the database was told that the ID is in use.
     day: u64,
 }
@@ -284,7 +284,7 @@ struct Peers {
     slots: Vec<Option<PeerEntry>>,
     free: Vec<u32>,
     by_id: HashMap<Arc<str>, u32>,
-    known: HashMap<Arc<str>, BoundIdentity>,
+    identities: HashMap<Arc<str>, BoundIdentity>,
     /// All peers, best first.
     ranked: BTreeSet<CandidateRank>,
     /// Peers without a filter, best first.
@@ -292,7 +292,7 @@ struct Peers {
     /// Peers without a filter by sequence number, the order in which they take turns.
     turns: BTreeMap<u64, u32>,
     with_filter: usize,
-    next_number: u64,
+    next_sequence: u64,
 }
 
 impl Peers {
@@ -337,7 +337,7 @@ impl Peers {
         self.by_id.insert(peer.id.clone(), slot);
         self.ranked.insert(peer.rank(slot));
         self.others.insert(peer.rank(slot));
-        self.turns.insert(peer.number, slot);
+        self.turns.insert(peer.sequence, slot);
         self.slots[slot as usize] = Some(peer);
         Ok(slot)
     }
@@ -348,7 +348,7 @@ impl Peers {
         self.by_id.remove(&peer.id);
         self.ranked.remove(&peer.rank(slot));
         self.others.remove(&peer.rank(slot));
-        self.turns.remove(&peer.number);
+        self.turns.remove(&peer.sequence);
         self.with_filter -= usize::from(peer.published.is_some());
         Some(peer)
     }
@@ -360,7 +360,7 @@ pub struct TrackerTable {
     /// them.
     start: TrackerTime,
     peers: RwLock<Peers>,
-    slices: BloomIndex,
+    bloom_index: BloomIndex,
 }
 
 impl TrackerTable {
@@ -369,30 +369,31 @@ impl TrackerTable {
         TrackerTable {
             start: now,
             peers: RwLock::default(),
-            slices: BloomIndex::new(filter_memory),
+            bloom_index: BloomIndex::new(filter_memory),
         }
     }
 
     /// Adds a peer that was live when the tracker stopped. Its next signed request must be later
     /// than this start, so that nobody can replay its old ones.
-    pub fn restore(&self, was: PersistedPeer, now: TrackerTime) {
-        let (edit, mut peers) = (self.slices.edit(), self.peers.write());
-        let id: Arc<str> = was.id.into();
-        let peer = PeerEntry::new(id.clone(), was.whereabouts, peers.next_number, now);
-        let Ok(slot) = peers.insert(PeerEntry { reputation: was.reputation, ..peer }) else {
+    pub fn restore(&self, persisted: PersistedPeer, now: TrackerTime) {
+        let (editor, mut peers) = (self.bloom_index.edit(), self.peers.write());
+        let id: Arc<str> = persisted.id.into();
+        let peer = PeerEntry::new(id.clone(), persisted.address, peers.next_sequence, now);
+        let Ok(slot) = peers.insert(PeerEntry { reputation: persisted.reputation, ..peer }) else {
             return;
         };
-        peers.next_number += 1;
-        let Some(key) = was.key else { return };
-        peers.known.insert(id, BoundIdentity { key, stamp: 0, day: now.ms / DAY_MS });
-        let filter =
-            was.filter.and_then(|(stamp, bits)| Some((stamp, BloomFilter::parse(bits).ok()?)));
-        if let Some((stamp, filter)) = filter
-            && let Some(place) = edit.set(slot, None, filter)
+        peers.next_sequence += 1;
+        let Some(key) = persisted.key else { return };
+        peers.identities.insert(id, BoundIdentity { key, timestamp: 0, day: now.ms / DAY_MS });
+        let filter = persisted
+            .filter
+            .and_then(|(timestamp, bits)| Some((timestamp, BloomFilter::parse(bits).ok()?)));
+        if let Some((timestamp, filter)) = filter
+            && let Some(place) = editor.set(slot, None, filter)
         {
             // No publication time, so the node may replace the filter at once.
             peers.change(slot, |peer| {
-                peer.published = Some(PublishedFilter { place, stamp, at: None })
+                peer.published = Some(PublishedFilter { place, timestamp, at: None })
             });
         }
     }
@@ -400,7 +401,7 @@ impl TrackerTable {
     /// Bits for each path that new filters should have. It decreases from half of the memory limit
     /// on.
     pub fn bits_per_path(&self) -> u64 {
-        match self.slices.eighths_used() {
+        match self.bloom_index.eighths_used() {
             0..4 => MAX_BITS_PER_PATH,
             4..6 => 16,
             6 => 12,
@@ -412,14 +413,14 @@ impl TrackerTable {
     pub fn set_reachable(&self, id: &str, at: (&str, u16), reachable: bool) {
         let mut peers = self.peers.write();
         if let Some((slot, peer)) = peers.peer(id)
-            && (&*peer.whereabouts.addr, peer.whereabouts.port) == at
+            && (&*peer.address.addr, peer.address.port) == at
         {
             peers.change(slot, |peer| peer.reachable = Some(reachable));
         }
     }
 
     /// Returns true if the peer is in the table, even if it has expired and is not swept yet.
-    pub fn has(&self, id: &str) -> bool {
+    pub fn contains(&self, id: &str) -> bool {
         self.peers.read().by_id.contains_key(id)
     }
 
@@ -435,50 +436,50 @@ impl TrackerTable {
         now: TrackerTime,
     ) -> Result<bool, ClaimRefusal> {
         let peers = self.peers.read();
-        self.allow(&peers, id, claim, now)?;
+        self.check_claim(&peers, id, claim, now)?;
         let is_here = peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
-        Ok(is_here && (claim.is_none() || peers.known.contains_key(id)))
+        Ok(is_here && (claim.is_none() || peers.identities.contains_key(id)))
     }
 
-    fn allow(
+    fn check_claim(
         &self,
         peers: &Peers,
         id: &str,
         claim: Option<&Claim>,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        let known = peers.known.get(id);
-        match (known, claim) {
+        let identity = peers.identities.get(id);
+        match (identity, claim) {
             (Some(_), None) => return Err(ClaimRefusal::Bound),
-            (Some(known), Some(claim)) if known.key != claim.key => {
+            (Some(identity), Some(claim)) if identity.key != claim.key => {
                 return Err(ClaimRefusal::OtherKey);
             }
             _ => {}
         }
         let Some(claim) = claim else { return Ok(()) };
-        if claim.stamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
+        if claim.timestamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
             return Err(ClaimRefusal::Time(
                 "timestamp: not within 5 minutes of the tracker's clock",
             ));
         }
         // Computed from the current clock, which may have been set since the start.
         let running = now.at.saturating_duration_since(self.start.at).as_millis() as u64;
-        if claim.stamp < now.ms.saturating_sub(running) {
+        if claim.timestamp < now.ms.saturating_sub(running) {
             return Err(ClaimRefusal::Time("timestamp: earlier than the tracker's start"));
         }
         // The clock may have been set back. Requests signed with later times are now out of range,
         // so they cannot be replayed, and must not block the node's new ones.
-        let last = known
-            .map(|known| known.stamp)
+        let last = identity
+            .map(|identity| identity.timestamp)
             .filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
-        if last.is_some_and(|last| claim.stamp <= last) {
+        if last.is_some_and(|last| claim.timestamp <= last) {
             return Err(ClaimRefusal::Time("timestamp: not later than the last one"));
         }
         Ok(())
     }
 
     /// Stores the claim's time as that of the ID's last signed request.
-    fn advance(
+    fn record_claim(
         &self,
         peers: &mut Peers,
         id: &str,
@@ -486,17 +487,21 @@ impl TrackerTable {
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
         // Checked again, as another request may have arrived while the signature was checked.
-        self.allow(peers, id, claim, now)?;
+        self.check_claim(peers, id, claim, now)?;
         let Some(claim) = claim else { return Ok(()) };
-        let known = peers.known.len();
-        match peers.known.get_mut(id) {
-            Some(known) => known.stamp = claim.stamp,
-            None if known >= MAX_KNOWN => return Err(ClaimRefusal::Full),
+        let known = peers.identities.len();
+        match peers.identities.get_mut(id) {
+            Some(known) => known.timestamp = claim.timestamp,
+            None if known >= MAX_KNOWN_IDENTITIES => return Err(ClaimRefusal::Full),
             None => {
                 let id = peers.peer(id).map_or_else(|| id.into(), |(_, peer)| peer.id.clone());
-                peers.known.insert(
+                peers.identities.insert(
                     id,
-                    BoundIdentity { key: claim.key, stamp: claim.stamp, day: now.ms / DAY_MS },
+                    BoundIdentity {
+                        key: claim.key,
+                        timestamp: claim.timestamp,
+                        day: now.ms / DAY_MS,
+                    },
                 );
             }
         }
@@ -504,60 +509,67 @@ impl TrackerTable {
     }
 
     /// Adds or renews a peer. The caller has checked the claim's signature and that the ID is bound
-    /// to its key. `met` is the reputation in the database, if that was asked.
+    /// to its key. `stored_reputation` is the reputation in the database, if that was asked.
     ///
     /// # Errors
     /// Returns why the announce is refused. The table is then unchanged.
     pub fn announce(
         &self,
         id: &str,
-        whereabouts: PeerAddress,
+        address: PeerAddress,
         claim: Option<&Claim>,
         instance: Option<u64>,
-        met: Option<Reputation>,
+        stored_reputation: Option<Reputation>,
         now: TrackerTime,
     ) -> Result<AnnounceOutcome, ClaimRefusal> {
         let mut peers = self.peers.write();
         if !peers.by_id.contains_key(id) && peers.by_id.len() >= MAX_PEERS {
             return Err(ClaimRefusal::Full);
         }
-        self.advance(&mut peers, id, claim, now)?;
+        self.record_claim(&mut peers, id, claim, now)?;
         let today = now.ms / DAY_MS;
         let first_today = peers
-            .known
+            .identities
             .get_mut(id)
-            .is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
+            .is_some_and(|identity| std::mem::replace(&mut identity.day, today) != today);
         let is_new = !peers.by_id.contains_key(id);
         let slot = match peers.peer(id) {
             Some((slot, _)) => slot,
             None => {
-                let number = peers.next_number;
-                peers.next_number += 1;
-                let id =
-                    peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
-                peers.insert(PeerEntry::new(id, whereabouts.clone(), number, now))?
+                let sequence = peers.next_sequence;
+                peers.next_sequence += 1;
+                let id = peers
+                    .identities
+                    .get_key_value(id)
+                    .map_or_else(|| id.into(), |(id, _)| id.clone());
+                peers.insert(PeerEntry::new(id, address.clone(), sequence, now))?
             }
         };
-        let mut welcome = AnnounceOutcome { first_today, ..AnnounceOutcome::default() };
+        let mut outcome = AnnounceOutcome { first_today, ..AnnounceOutcome::default() };
         peers.change(slot, |peer| {
-            let is_elsewhere = peer.whereabouts != whereabouts;
-            welcome.also_at = peer.record_instance(instance, now.at);
+            let is_elsewhere = peer.address != address;
+            outcome.also_at = peer.record_instance(instance, now.at);
             if is_elsewhere {
-                (peer.reachable, peer.reach_tried) = (None, None);
+                (peer.reachable, peer.last_reach_test) = (None, None);
             }
-            (peer.whereabouts, peer.last_seen_ms, peer.expires) =
-                (whereabouts, now.ms, now.at + PEER_TTL.get());
-            peer.reputation = newest(peer.reputation, met.unwrap_or_default());
-            welcome.has_moved = is_new || is_elsewhere;
-            let interval = if peer.reachable == Some(true) { REACH_INTERVAL } else { REACH_RETRY };
-            welcome.to_be_reached = peer.reach_tried.is_none_or(|at| now.at >= at + interval.get());
-            if welcome.to_be_reached {
-                peer.reach_tried = Some(now.at);
+            (peer.address, peer.last_seen_ms, peer.expires) =
+                (address, now.ms, now.at + PEER_TTL.get());
+            peer.reputation = newest(peer.reputation, stored_reputation.unwrap_or_default());
+            outcome.has_moved = is_new || is_elsewhere;
+            let interval = if peer.reachable == Some(true) {
+                REACH_TEST_INTERVAL
+            } else {
+                REACH_RETRY_INTERVAL
+            };
+            outcome.needs_reach_test =
+                peer.last_reach_test.is_none_or(|at| now.at >= at + interval.get());
+            if outcome.needs_reach_test {
+                peer.last_reach_test = Some(now.at);
             }
-            welcome.reachable = peer.reachable;
-            welcome.filter = peer.published.as_ref().map(|published| published.stamp);
+            outcome.reachable = peer.reachable;
+            outcome.filter = peer.published.as_ref().map(|published| published.timestamp);
         });
-        Ok(welcome)
+        Ok(outcome)
     }
 
     /// Stores the time of a signed request that changes nothing else in the table, if the ID is
@@ -565,15 +577,15 @@ impl TrackerTable {
     ///
     /// # Errors
     /// Returns why the request is refused. The table is then unchanged.
-    pub fn advance_known(
+    pub fn record_known_claim(
         &self,
         id: &str,
         claim: &Claim,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
         let mut peers = self.peers.write();
-        if peers.known.contains_key(id) {
-            self.advance(&mut peers, id, Some(claim), now)
+        if peers.identities.contains_key(id) {
+            self.record_claim(&mut peers, id, Some(claim), now)
         } else {
             Ok(())
         }
@@ -590,22 +602,22 @@ impl TrackerTable {
         from: IpAddr,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        let edit = self.slices.edit();
+        let editor = self.bloom_index.edit();
         let mut peers = self.peers.write();
         let (slot, peer) = peers
             .peer(id)
             .filter(|(_, peer)| peer.expires > now.at)
             .ok_or(ClaimRefusal::NotHere)?;
-        if claim.is_none() && peer.whereabouts.from != from {
-            self.allow(&peers, id, claim, now)?;
+        if claim.is_none() && peer.address.from != from {
+            self.check_claim(&peers, id, claim, now)?;
             return Err(ClaimRefusal::OtherAddress);
         }
-        if claim.is_some() && !peers.known.contains_key(id) {
+        if claim.is_some() && !peers.identities.contains_key(id) {
             return Err(ClaimRefusal::OtherKey);
         }
-        self.advance(&mut peers, id, claim, now)?;
+        self.record_claim(&mut peers, id, claim, now)?;
         if let Some(published) = peers.remove(slot).and_then(|peer| peer.published) {
-            edit.remove(slot, published.place);
+            editor.remove(slot, published.place);
         }
         Ok(())
     }
@@ -625,10 +637,10 @@ impl TrackerTable {
             .peer(id)
             .filter(|(_, peer)| peer.expires > now.at)
             .ok_or(ClaimRefusal::NotHere)?;
-        if !peers.known.contains_key(id) {
+        if !peers.identities.contains_key(id) {
             return Err(ClaimRefusal::NotHere);
         }
-        self.allow(&peers, id, Some(claim), now)?;
+        self.check_claim(&peers, id, Some(claim), now)?;
         let passed =
             |published: &PublishedFilter| Some(now.at.saturating_duration_since(published.at?));
         match peer
@@ -654,21 +666,21 @@ impl TrackerTable {
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
         // While this is held, no peer is removed and no other filter is published.
-        let edit = self.slices.edit();
+        let editor = self.bloom_index.edit();
         self.may_publish(id, claim, now)?;
         let (slot, last) = {
             let peers = self.peers.read();
             let (slot, peer) = peers.peer(id).ok_or(ClaimRefusal::NotHere)?;
             (slot, peer.published.as_ref().map(|published| published.place))
         };
-        let place = edit.set(slot, last, filter).ok_or(ClaimRefusal::Full)?;
+        let place = editor.set(slot, last, filter).ok_or(ClaimRefusal::Full)?;
         let mut peers = self.peers.write();
-        let published = PublishedFilter { place, stamp: claim.stamp, at: Some(now.at) };
+        let published = PublishedFilter { place, timestamp: claim.timestamp, at: Some(now.at) };
         peers.change(slot, |peer| peer.published = Some(published));
         // An announce with a later time may have arrived meanwhile. Then its time stays, and the
         // filter is stored all the same.
-        if let Some(known) = peers.known.get_mut(id) {
-            known.stamp = known.stamp.max(claim.stamp);
+        if let Some(identity) = peers.identities.get_mut(id) {
+            identity.timestamp = identity.timestamp.max(claim.timestamp);
         }
         Ok(())
     }
@@ -683,47 +695,47 @@ impl TrackerTable {
 
     /// Returns the peers that may have a path, best first, with networks taking turns.
     pub fn lookup(&self, hash_part: &HashPart, now: TrackerTime) -> CandidateList {
-        let found = self.slices.find(hash_part);
+        let found = self.bloom_index.find(hash_part);
         let (salt, turn) = hash_part.prefixes();
         let peers = self.peers.read();
         // Number of peers of each class and network so far. Each network gets one place before any
         // gets a second.
-        let mut met: HashMap<(u8, u128), u32> = HashMap::new();
+        let mut network_counts: HashMap<(u8, u128), u32> = HashMap::new();
         let mut ranked: Vec<(u8, u64, u64, u32)> = found
             .into_iter()
             .filter_map(|slot| {
                 let peer = peers.live(slot, now.at)?;
                 // The order of peers with equal scores depends on the path, so that they share the
                 // load.
-                let lot = (peer.number ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                Some((peer.class(), !peer.reputation.score().to_bits(), lot, slot))
+                let tie_break = (peer.sequence ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                Some((peer.class(), !peer.reputation.score().to_bits(), tie_break, slot))
             })
             .collect();
         ranked.sort_unstable();
-        let mut dealt: Vec<((u8, u32), u32)> = Vec::with_capacity(ranked.len());
+        let mut ordered: Vec<((u8, u32), u32)> = Vec::with_capacity(ranked.len());
         for (class, _, _, slot) in ranked {
             let Some(peer) = peers.live(slot, now.at) else { continue };
-            let round = met.entry((class, peer.network())).or_default();
-            dealt.push(((class, *round), slot));
+            let round = network_counts.entry((class, peer.network())).or_default();
+            ordered.push(((class, *round), slot));
             *round += 1;
         }
-        dealt.sort_by_key(|(turn, _)| *turn);
+        ordered.sort_by_key(|(turn, _)| *turn);
         let candidate = |slot: u32| peers.live(slot, now.at).map(PeerEntry::candidate);
         let candidates =
-            dealt.iter().take(MAX_CANDIDATES).filter_map(|(_, slot)| candidate(*slot)).collect();
+            ordered.iter().take(MAX_CANDIDATES).filter_map(|(_, slot)| candidate(*slot)).collect();
         let others =
             others(&peers, turn, now).iter().filter_map(|rank| candidate(rank.3)).collect();
         CandidateList { candidates, others }
     }
 
     /// Returns the best `max` live peers.
-    pub fn best(&self, max: usize, now: TrackerTime) -> Vec<PeerRow> {
+    pub fn best_peers(&self, max: usize, now: TrackerTime) -> Vec<PeerRow> {
         let peers = self.peers.read();
         let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
         live.take(max)
             .map(|peer| PeerRow {
                 peer_id: peer.id.clone(),
-                whereabouts: peer.whereabouts.clone(),
+                address: peer.address.clone(),
                 last_seen_ms: peer.last_seen_ms,
                 reputation: peer.reputation,
             })
@@ -745,7 +757,7 @@ impl TrackerTable {
         };
         // In chunks, so that lookups are not blocked for long.
         for some in gone.chunks(256) {
-            let edit = self.slices.edit();
+            let editor = self.bloom_index.edit();
             let mut peers = self.peers.write();
             for slot in some {
                 // The peer may have announced itself since.
@@ -754,14 +766,15 @@ impl TrackerTable {
                 let Some(peer) = peer else { continue };
                 ids.push(peer.id);
                 if let Some(published) = peer.published {
-                    edit.remove(*slot, published.place);
+                    editor.remove(*slot, published.place);
                 }
             }
         }
-        let stale = |known: &BoundIdentity| known.stamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
+        let stale =
+            |identity: &BoundIdentity| identity.timestamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
         let mut peers = self.peers.write();
-        let Peers { known, by_id, .. } = &mut *peers;
-        known.retain(|id, known| by_id.contains_key(id) || !stale(known));
+        let Peers { identities, by_id, .. } = &mut *peers;
+        identities.retain(|id, identity| by_id.contains_key(id) || !stale(identity));
         ids
     }
 
@@ -771,7 +784,7 @@ impl TrackerTable {
         TableCounts {
             peers: peers.by_id.len(),
             with_filter: peers.with_filter,
-            filter_bytes: self.slices.bytes(),
+            filter_bytes: self.bloom_index.bytes(),
         }
     }
 }
@@ -783,7 +796,7 @@ fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
     if peers.others.len() <= MAX_OTHERS {
         return best().collect();
     }
-    let from = turn % peers.next_number.max(1);
+    let from = turn % peers.next_sequence.max(1);
     let rank = |(_, slot): (&u64, &u32)| Some(peers.live(*slot, now.at)?.rank(*slot));
     let turns = || peers.turns.range(from..).chain(&peers.turns).filter_map(rank);
     let mut networks = HashSet::new();
@@ -791,9 +804,10 @@ fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
         peers.live(rank.3, now.at).is_some_and(|peer| networks.insert(peer.network()))
     };
     let mut chosen: BTreeSet<CandidateRank> =
-        best().take(LOOKED_AT).filter(&mut is_new).take(BEST_OTHERS).collect();
-    chosen.extend(turns().take(LOOKED_AT).filter(&mut is_new).take(MAX_OTHERS - chosen.len()));
-    for some in [best().take(BEST_OTHERS).collect::<Vec<_>>(), turns().take(LOOKED_AT).collect()] {
+        best().take(MAX_EXAMINED).filter(&mut is_new).take(BEST_OTHERS).collect();
+    chosen.extend(turns().take(MAX_EXAMINED).filter(&mut is_new).take(MAX_OTHERS - chosen.len()));
+    for some in [best().take(BEST_OTHERS).collect::<Vec<_>>(), turns().take(MAX_EXAMINED).collect()]
+    {
         let left = MAX_OTHERS.saturating_sub(chosen.len());
         let more: Vec<CandidateRank> =
             some.into_iter().filter(|rank| !chosen.contains(rank)).take(left).collect();
@@ -827,7 +841,7 @@ mod tests {
     }
 
     fn by(key: u8, now: TrackerTime) -> Claim {
-        Claim { key: [key; 32], stamp: now.ms }
+        Claim { key: [key; 32], timestamp: now.ms }
     }
 
     fn at(port: u16) -> PeerAddress {
@@ -873,7 +887,7 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
             assert_eq!(others(&table, 7, over), ["plain"]);
-            assert_eq!(table.best(9, over).len(), 1);
+            assert_eq!(table.best_peers(9, over).len(), 1);
             assert_eq!(
                 table.may_publish("filtered", &by(1, over), over),
                 Err(ClaimRefusal::NotHere)
@@ -904,7 +918,7 @@ mod tests {
             let again = table.announce("a", at(1), Some(&said), None, None, now);
             assert!(matches!(again, Err(ClaimRefusal::Time(_))), "after {seconds} s: {again:?}");
         }
-        assert!(table.peers.read().known.is_empty(), "and then it is forgotten");
+        assert!(table.peers.read().identities.is_empty(), "and then it is forgotten");
     }
 
     #[test]
@@ -912,7 +926,7 @@ mod tests {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         let now = after(start, 1000);
-        let time = |stamp: u64| table.check("a", Some(&Claim { key: [1; 32], stamp }), now);
+        let time = |timestamp: u64| table.check("a", Some(&Claim { key: [1; 32], timestamp }), now);
         assert!(time(now.ms - CLOCK_SKEW_MS).is_ok() && time(now.ms + CLOCK_SKEW_MS).is_ok());
         for wrong in [0, now.ms - CLOCK_SKEW_MS - 1, now.ms + CLOCK_SKEW_MS + 1, u64::MAX] {
             assert!(matches!(time(wrong), Err(ClaimRefusal::Time(_))), "{wrong}");
@@ -924,10 +938,10 @@ mod tests {
         assert_eq!(table.announce("a", at(9), None, None, None, now), Err(ClaimRefusal::Bound));
         assert_eq!(table.check("a", Some(&by(2, after(now, 1))), now), Err(ClaimRefusal::OtherKey));
         assert_eq!(table.leave("a", None, at(1).from, now), Err(ClaimRefusal::Bound));
-        assert_eq!(table.best(1, now)[0].whereabouts, at(1));
+        assert_eq!(table.best_peers(1, now)[0].address, at(1));
         // A former process may have accepted requests from before this start.
         let young = TrackerTable::new(now, 1 << 30);
-        let before = Claim { key: [1; 32], stamp: now.ms - 1 };
+        let before = Claim { key: [1; 32], timestamp: now.ms - 1 };
         assert!(matches!(young.check("a", Some(&before), now), Err(ClaimRefusal::Time(_))));
     }
 
@@ -948,7 +962,7 @@ mod tests {
             table.announce("a", at(1), Some(&by(1, set)), None, None, set).unwrap();
             let again = table.announce("a", at(1), Some(&by(1, set)), None, None, set);
             assert!(matches!(again, Err(ClaimRefusal::Time(_))), "{again:?}");
-            let before = Claim { key: [1; 32], stamp: right.ms - 1 };
+            let before = Claim { key: [1; 32], timestamp: right.ms - 1 };
             assert!(matches!(table.check("b", Some(&before), set), Err(ClaimRefusal::Time(_))));
         }
     }
@@ -1009,7 +1023,11 @@ mod tests {
             table.announce(&format!("{n}"), at(1), None, None, Some(reputation), start).unwrap();
         }
         let listed = |max| {
-            table.best(max, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>()
+            table
+                .best_peers(max, start)
+                .iter()
+                .map(|row| row.peer_id.to_string())
+                .collect::<Vec<_>>()
         };
         assert_eq!(listed(3), ["99", "98", "97"]);
         assert_eq!(listed(1000).len(), 200);
@@ -1170,14 +1188,14 @@ mod tests {
             let now = after(start, seconds);
             let welcome =
                 table.announce("a", from(1, last), Some(&by(1, now)), None, None, now).unwrap();
-            (welcome.has_moved, welcome.to_be_reached, welcome.reachable)
+            (welcome.has_moved, welcome.needs_reach_test, welcome.reachable)
         };
         assert_eq!(announce(1, 0), (true, true, None));
         assert_eq!(announce(1, 5), (false, false, None));
         table.set_reachable("a", ("10.0.1.1", 1), true);
         assert_eq!(announce(1, 60), (false, false, Some(true)));
         assert_eq!(announce(2, 61), (true, true, None), "it is somewhere else");
-        let later = 61 + REACH_RETRY.get().as_secs();
+        let later = 61 + REACH_RETRY_INTERVAL.get().as_secs();
         let mut seconds = 61;
         while seconds + 60 < later {
             seconds += 60;
@@ -1186,7 +1204,7 @@ mod tests {
         assert!(announce(2, later).1);
         table.set_reachable("a", ("10.0.1.2", 1), true);
         let mut seconds = later;
-        while seconds + 60 < later + REACH_INTERVAL.get().as_secs() {
+        while seconds + 60 < later + REACH_TEST_INTERVAL.get().as_secs() {
             seconds += 60;
             assert!(!announce(2, seconds).1);
         }
@@ -1199,7 +1217,7 @@ mod tests {
         let bits = filter(7).as_bytes().to_vec();
         let present = |id: &str, key| PersistedPeer {
             id: id.into(),
-            whereabouts: from(1, 1),
+            address: from(1, 1),
             key,
             reputation: good(3),
             filter: Some((5, bits.clone())),
@@ -1212,7 +1230,7 @@ mod tests {
         table.restore(PersistedPeer { filter: None, ..present("plain", None) }, start);
         assert_eq!(names(&table.lookup(&part(7), start).candidates), ["a"]);
         assert_eq!(table.counts().peers, 3);
-        let before = Claim { key: [1; 32], stamp: start.ms - 1 };
+        let before = Claim { key: [1; 32], timestamp: start.ms - 1 };
         assert!(matches!(table.check("a", Some(&before), start), Err(ClaimRefusal::Time(_))));
         assert_eq!(table.check("a", None, start), Err(ClaimRefusal::Bound));
         assert_eq!(table.check("a", Some(&by(2, start)), start), Err(ClaimRefusal::OtherKey));
