@@ -134,7 +134,7 @@ pub enum Command {
 #[derive(Debug)]
 pub struct CommandOptions {
     /// The subcommand.
-    pub what: Subcommand,
+    pub subcommand: Subcommand,
     /// Settings from the flags. [`Config::port`] locates the daemon, whose settings replace the
     /// others. Only `identity` uses `state_dir`, and `doctor` uses all if no daemon runs.
     pub config: Config,
@@ -170,7 +170,7 @@ pub fn parse(
     let mut bind = Vec::new();
     let mut db = None;
     let mut args: Vec<OsString> = args.into_iter().collect();
-    let mut what = match args.first().and_then(|word| word.to_str()) {
+    let mut subcommand = match args.first().and_then(|word| word.to_str()) {
         Some("status") => Some(Subcommand::Status),
         Some("peers") => Some(Subcommand::Peers),
         Some("why") => Some(Subcommand::Why(String::new())),
@@ -178,7 +178,7 @@ pub fn parse(
         Some("identity") => Some(Subcommand::Identity),
         _ => None,
     };
-    if what.is_some() {
+    if subcommand.is_some() {
         args.remove(0);
     }
     let mut json = false;
@@ -192,7 +192,7 @@ pub fn parse(
                 config.verbose = true;
                 continue;
             }
-            Long("json") if what.is_some() => {
+            Long("json") if subcommand.is_some() => {
                 json = true;
                 continue;
             }
@@ -213,8 +213,8 @@ pub fn parse(
                 continue;
             }
             Long(name) => name.to_string(),
-            Value(path) if what == Some(Subcommand::Why(String::new())) => {
-                what = Some(Subcommand::Why(path.to_string_lossy().into_owned()));
+            Value(path) if subcommand == Some(Subcommand::Why(String::new())) => {
+                subcommand = Some(Subcommand::Why(path.to_string_lossy().into_owned()));
                 continue;
             }
             Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
@@ -338,10 +338,10 @@ pub fn parse(
     if config.mode != Mode::Lan && config.tracker_urls.is_empty() {
         return Err("--mode wan and --mode both need --tracker-url".into());
     }
-    match what {
+    match subcommand {
         None => Ok(Command::Run(Box::new(config))),
         Some(Subcommand::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
-        Some(what) => Ok(Command::Ask(Box::new(CommandOptions { what, config, json }))),
+        Some(subcommand) => Ok(Command::Ask(Box::new(CommandOptions { subcommand, config, json }))),
     }
 }
 
@@ -528,7 +528,7 @@ mod tests {
             (&["doctor", "--port=1", "--verbose"], Subcommand::Doctor, false, 1),
         ] {
             let ask = ask(args);
-            assert_eq!((ask.what, ask.json, ask.config.port), (what, json, port));
+            assert_eq!((ask.subcommand, ask.json, ask.config.port), (what, json, port));
         }
         // A command name is a plain word as the value of a flag or after the first argument.
         assert_eq!(

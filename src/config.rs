@@ -108,9 +108,9 @@ impl FromStr for FriendConfig {
             ));
         }
         let mut parts = rest.split(',');
-        let place = parts.next().unwrap_or_default();
+        let location = parts.next().unwrap_or_default();
         let (key, host) =
-            place.split_once('@').map_or((place, None), |(key, host)| (key, Some(host)));
+            location.split_once('@').map_or((location, None), |(key, host)| (key, Some(host)));
         let key = key.parse::<NodeKey>().map_err(|e| e.to_string())?;
         let host = host
             .map(parse_host)

@@ -210,8 +210,7 @@ impl StartedDownload<'_> {
     /// Returns the error of `out`, or an error of its own if no peer is left, if the NAR is wrong,
     /// or if the upstream cache is faster. If the hash is wrong, the last piece is not written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
-        let StartedDownload { downloader, mut reader, mut spool_writer, hash, mut incoming, first } =
-            self;
+        let Self { downloader, mut reader, mut spool_writer, hash, mut incoming, first } = self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
             reader.record_delivered();

@@ -233,18 +233,19 @@ impl MappingThread {
         // Nothing may be requested before the router is identified. The datagram only makes the
         // kernel resolve the router's hardware address by ARP; its answer is ignored.
         let address_request = port_mapping::nat_pmp_address_request();
-        let _ = self.exchange(&socket, &address_request, &self.wanted(client, 0), 1);
+        let _ = self.exchange(&socket, &address_request, &self.request(client, 0), 1);
         self.check_gateway(gateway)?;
         let last = before
             .iter()
             .find(|one| one.router == router)
             .map_or(0, |one| one.mapped.external_port);
-        let wanted = self.wanted(client, last);
+        let request = self.request(client, last);
         let (answer, is_pcp) =
-            match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, MAX_TRIES) {
+            match self.exchange(&socket, &port_mapping::pcp_request(&request), &request, MAX_TRIES)
+            {
                 Some(MappingResponse::UnknownVersion) | None => {
-                    let request = port_mapping::nat_pmp_request(&wanted);
-                    (self.exchange(&socket, &request, &wanted, MAX_TRIES), false)
+                    let payload = port_mapping::nat_pmp_request(&request);
+                    (self.exchange(&socket, &payload, &request, MAX_TRIES), false)
                 }
                 answer => (answer, true),
             };
@@ -262,7 +263,7 @@ impl MappingThread {
         };
         let ip = match mapped.external_ip {
             Some(ip) => ip,
-            None => match self.exchange(&socket, &address_request, &wanted, MAX_TRIES) {
+            None => match self.exchange(&socket, &address_request, &request, MAX_TRIES) {
                 Some(MappingResponse::Address(ip)) => ip.into(),
                 _ => return Err(format!("router {gateway} does not say its address outside")),
             },
@@ -295,8 +296,8 @@ impl MappingThread {
             .iter()
             .find(|one| one.router == to)
             .map_or(self.port, |one| one.mapped.external_port);
-        let wanted = self.wanted(client.into(), last);
-        match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, MAX_TRIES) {
+        let request = self.request(client.into(), last);
+        match self.exchange(&socket, &port_mapping::pcp_request(&request), &request, MAX_TRIES) {
             Some(MappingResponse::Mapped(mapped)) => {
                 Some(KnownRouter { router: to, client: client.into(), is_pcp: true, mapped })
             }
@@ -333,14 +334,14 @@ impl MappingThread {
     fn exchange(
         &self,
         socket: &UdpSocket,
-        request: &[u8],
-        wanted: &MappingRequest,
+        payload: &[u8],
+        request: &MappingRequest,
         tries: u32,
     ) -> Option<MappingResponse> {
-        exchange(socket, request, wanted, tries, &self.stopped)
+        exchange(socket, payload, request, tries, &self.stopped)
     }
 
-    fn wanted(&self, client: IpAddr, external_port: u16) -> MappingRequest {
+    fn request(&self, client: IpAddr, external_port: u16) -> MappingRequest {
         MappingRequest {
             client,
             nonce: self.nonce,
@@ -356,14 +357,14 @@ impl MappingThread {
     }
 
     fn release(&self, router_mapping: &KnownRouter) {
-        let wanted = MappingRequest { lifetime: 0, ..self.wanted(router_mapping.client, 0) };
-        let request = if router_mapping.is_pcp {
-            port_mapping::pcp_request(&wanted)
+        let request = MappingRequest { lifetime: 0, ..self.request(router_mapping.client, 0) };
+        let payload = if router_mapping.is_pcp {
+            port_mapping::pcp_request(&request)
         } else {
-            port_mapping::nat_pmp_request(&wanted)
+            port_mapping::nat_pmp_request(&request)
         };
         let Ok(socket) = UdpSocket::bind((router_mapping.client, 0)) else { return };
-        if socket.connect(router_mapping.router).is_ok() && socket.send(&request).is_ok() {
+        if socket.connect(router_mapping.router).is_ok() && socket.send(&payload).is_ok() {
             let _ = socket.set_read_timeout(Some(RELEASE_TIMEOUT));
             let _ = socket.recv(&mut [0; MAX_DATAGRAM_BYTES]);
         }
@@ -400,8 +401,8 @@ fn wait_for_stop(stopped: &Receiver<()>, time: Duration) -> bool {
 /// [`STOP_CHECK_INTERVAL`] after `stopped` is disconnected.
 fn exchange(
     socket: &UdpSocket,
-    request: &[u8],
-    wanted: &MappingRequest,
+    payload: &[u8],
+    request: &MappingRequest,
     tries: u32,
     stopped: &Receiver<()>,
 ) -> Option<MappingResponse> {
@@ -409,7 +410,7 @@ fn exchange(
     for _ in 0..tries {
         // Sending fails if an ICMP error for an earlier datagram is pending; the next try repeats
         // it.
-        let _ = socket.send(request);
+        let _ = socket.send(payload);
         let deadline = Instant::now() + wait;
         while let Some(left) =
             deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
@@ -421,7 +422,7 @@ fn exchange(
             let mut datagram = [0; MAX_DATAGRAM_BYTES];
             match socket.recv(&mut datagram) {
                 Ok(len) => {
-                    if let Ok(answer) = port_mapping::parse(&datagram[..len], wanted) {
+                    if let Ok(answer) = port_mapping::parse(&datagram[..len], request) {
                         return Some(answer);
                     }
                 }
@@ -605,7 +606,7 @@ mod tests {
         }
     }
 
-    fn wanted() -> MappingRequest {
+    fn request() -> MappingRequest {
         let client = IpAddr::from([127, 0, 0, 1]);
         MappingRequest { client, nonce: [0; 12], internal_port: 1, external_port: 0, lifetime: 600 }
     }
@@ -619,7 +620,7 @@ mod tests {
         let (running, stopped) = bounded(0);
         let (done, ended) = bounded(1);
         // So many tries take 17 minutes.
-        thread::spawn(move || done.send(exchange(&socket, b"request", &wanted(), 12, &stopped)));
+        thread::spawn(move || done.send(exchange(&socket, b"request", &request(), 12, &stopped)));
         router.recv(&mut [0; 16]).unwrap();
         drop(running);
         assert_eq!(ended.recv_timeout(Duration::from_secs(60)), Ok(None));
@@ -642,7 +643,7 @@ mod tests {
         (0..9).for_each(|_| assert_eq!(router.send(b"news").unwrap(), 4));
         announcements.set_nonblocking(true).unwrap();
         let mapped = MappingGrant { external_ip: None, external_port: 1, lifetime: 600, epoch: 0 };
-        let (router, client) = (router.local_addr().unwrap(), wanted().client);
+        let (router, client) = (router.local_addr().unwrap(), request().client);
         let mappings = [KnownRouter { router, client, is_pcp: true, mapped }];
         assert!(
             has_router_restarted(Some(&announcements), &mappings)

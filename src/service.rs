@@ -86,14 +86,14 @@ pub fn notify(state: &[NotifyState<'_>]) {
     }
 }
 
-/// Raises the soft limit of file descriptors to `wanted`, or to the hard limit if that is lower.
+/// Raises the soft limit of file descriptors to `count`, or to the hard limit if that is lower.
 /// With fewer, the server closes idle connections earlier.
-pub fn allow_descriptors(wanted: u64) {
+pub fn allow_descriptors(count: u64) {
     let limit = getrlimit(Resource::Nofile);
     // `None` means unlimited.
-    let wanted = limit.maximum.map_or(wanted, |max| max.min(wanted));
-    if limit.current.is_some_and(|current| current < wanted)
-        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })
+    let count = limit.maximum.map_or(count, |max| max.min(count));
+    if limit.current.is_some_and(|current| current < count)
+        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(count), ..limit })
     {
         log::debug!("limit of descriptors: {e}");
     }

@@ -814,8 +814,8 @@ fn claim(proof: &Proof) -> Result<Option<Claim>, ApiError> {
     Ok(Some(Claim { key, timestamp }))
 }
 
-fn verify(proof: &Proof, statement: &SignedText<'_>) -> Result<(), ApiError> {
-    match proof.check(statement) {
+fn verify(proof: &Proof, signed_text: &SignedText<'_>) -> Result<(), ApiError> {
+    match proof.check(signed_text) {
         ProofCheck::Unsigned | ProofCheck::By(..) => Ok(()),
         ProofCheck::Wrong => Err(ApiError::new(403, "signature: wrong")),
     }

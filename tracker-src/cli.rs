@@ -125,9 +125,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<TrackerCommand,
             "filter-memory" => {
                 let text = value()?;
                 let mib = text.to_str().and_then(|mib| mib.parse().ok());
-                let mib = mib.filter(|mib| (MIN_FILTER_MIB..=MAX_FILTER_MIB).contains(mib)).ok_or_else(|| {
+                let (min, max) = (MIN_FILTER_MIB, MAX_FILTER_MIB);
+                let mib = mib.filter(|mib| (min..=max).contains(mib)).ok_or_else(|| {
                     let text = text.to_string_lossy();
-                    format!("--filter-memory {text}: not a number from {MIN_FILTER_MIB} to {MAX_FILTER_MIB}")
+                    format!("--filter-memory {text}: not a number from {min} to {max}")
                 })?;
                 options.filter_memory = mib << 20;
             }

@@ -1010,8 +1010,8 @@ mod tests {
         let now = after(start, 27);
         assert_eq!(names(&table.lookup(&part(26), now).candidates), ["a"]);
         assert_eq!(names(&table.lookup(&part(1), now).candidates), [""; 0]);
-        let welcome = table.announce("a", at(1), Some(&by(1, now)), None, None, now).unwrap();
-        assert_eq!(welcome.filter, Some(after(start, 26).ms));
+        let outcome = table.announce("a", at(1), Some(&by(1, now)), None, None, now).unwrap();
+        assert_eq!(outcome.filter, Some(after(start, 26).ms));
     }
 
     #[test]
@@ -1157,11 +1157,11 @@ mod tests {
                 let now = after(start, minute * 60 + u64::from(machine));
                 let claim = by(1, now);
                 let instance = Some(machine.into());
-                let welcome = table
+                let outcome = table
                     .announce("a", from(1, machine), Some(&claim), instance, None, now)
                     .unwrap();
                 let other = from(1, (machine + 1) % 3 + 1).from;
-                assert_eq!(welcome.also_at, (minute > 0).then_some(other));
+                assert_eq!(outcome.also_at, (minute > 0).then_some(other));
             }
         }
         let now = after(start, 300);
@@ -1186,9 +1186,9 @@ mod tests {
         let table = TrackerTable::new(start, 1 << 30);
         let announce = |last, seconds| {
             let now = after(start, seconds);
-            let welcome =
+            let outcome =
                 table.announce("a", from(1, last), Some(&by(1, now)), None, None, now).unwrap();
-            (welcome.has_moved, welcome.needs_reach_test, welcome.reachable)
+            (outcome.has_moved, outcome.needs_reach_test, outcome.reachable)
         };
         assert_eq!(announce(1, 0), (true, true, None));
         assert_eq!(announce(1, 5), (false, false, None));
@@ -1236,8 +1236,8 @@ mod tests {
         assert_eq!(table.check("a", Some(&by(2, start)), start), Err(ClaimRefusal::OtherKey));
         let now = after(start, 1);
         assert_eq!(table.may_publish("a", &by(1, now), now), Ok(()));
-        let welcome = table.announce("a", from(1, 1), Some(&by(1, now)), None, None, now).unwrap();
-        assert_eq!((welcome.filter, welcome.has_moved), (Some(5), false));
+        let outcome = table.announce("a", from(1, 1), Some(&by(1, now)), None, None, now).unwrap();
+        assert_eq!((outcome.filter, outcome.has_moved), (Some(5), false));
         let gone = table.sweep(after(start, 120));
         assert_eq!(
             gone.iter().map(|id| &**id).collect::<BTreeSet<_>>(),

@@ -120,9 +120,9 @@ fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
             return None;
         }
     };
-    let told = &node.status["node"];
-    let (version, mode) = (text(&told["version"]), text(&told["mode"]));
-    let up = long(told["uptime_seconds"].as_f64().unwrap_or_default());
+    let node_report = &node.status["node"];
+    let (version, mode) = (text(&node_report["version"]), text(&node_report["mode"]));
+    let up = long(node_report["uptime_seconds"].as_f64().unwrap_or_default());
     report.ok(
         "daemon",
         format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port),
@@ -132,31 +132,33 @@ fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
         .iter()
         .filter(|problem| problem["code"] != "trackers")
     {
-        let (is_store, said) = (problem["code"] == "store", text(&problem["text"]).to_owned());
+        let (is_store, message) = (problem["code"] == "store", text(&problem["text"]).to_owned());
         // The file may contain secrets, so that the daemon's user is not allowed to read it.
-        if problem["code"] == "nix-conf" && said.contains("Permission denied") {
+        if problem["code"] == "nix-conf" && message.contains("Permission denied") {
             report.note(
                 "nix-conf",
-                format!("{said}; keys in files that all may read, or in flags, count in any case"),
+                format!(
+                    "{message}; keys in files that all may read, or in flags, count in any case"
+                ),
             );
             continue;
         }
         if let Some((what, remedy)) = configuration_remedy(text(&problem["code"]), &node.config) {
-            report.fail(what, said, remedy);
+            report.fail(what, message, remedy);
             continue;
         }
         let what = if is_store { "database" } else { "daemon" };
         match problem["serious"] == true {
             true if is_store => {
-                let remedy = match Store::open(place(&node.config)) {
+                let remedy = match Store::open(store_config(&node.config)) {
                     Err(e) => store_remedy(&e, &node.config.db),
                     // This user can open the database, and the daemon's user cannot.
                     Ok(_) => readable(&node.config.db),
                 };
-                report.fail(what, said, remedy);
+                report.fail(what, message, remedy);
             }
-            true => report.fail(what, said, "systemctl restart peerix".into()),
-            false => report.note(what, said),
+            true => report.fail(what, message, "systemctl restart peerix".into()),
+            false => report.note(what, message),
         }
     }
     Some(node)
@@ -228,7 +230,7 @@ fn running_on() -> Option<u16> {
 
 fn database(report: &mut Findings, config: &Config) {
     let (db, uid) = (config.db.display(), uid());
-    match Store::open(place(config)) {
+    match Store::open(store_config(config)) {
         Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
         // Root can read every file, and the daemon may run as another user.
         Ok(_) if uid == 0 && !is_readable(&config.db) => {
@@ -242,7 +244,7 @@ fn database(report: &mut Findings, config: &Config) {
     }
 }
 
-fn place(config: &Config) -> StoreConfig {
+fn store_config(config: &Config) -> StoreConfig {
     StoreConfig {
         store_dir: config.store_dir.clone(),
         db: config.db.clone(),
@@ -483,14 +485,15 @@ fn check_nix_asks(report: &mut Findings, node: &RunningDaemon, settings: &NixSet
 /// Returns the command or setting that opens a port in this machine's firewall. Runs `firewall-cmd`
 /// and `nft` to find out which firewall is in use, and blocks for at most 10 s for each.
 fn open_port(protocol: &str, port: u16) -> String {
-    let says = |program: &str, words: &[&str]| nix::run(program, words, &[]).unwrap_or_default();
+    let output_of =
+        |program: &str, words: &[&str]| nix::run(program, words, &[]).unwrap_or_default();
     if Path::new("/etc/NIXOS").exists() {
         return format!(
             "networking.firewall.allowed{}Ports = [ {port} ];",
             protocol.to_uppercase()
         );
     }
-    if says("firewall-cmd", &["--state"]).trim() == "running" {
+    if output_of("firewall-cmd", &["--state"]).trim() == "running" {
         return format!(
             "firewall-cmd --permanent --add-port={port}/{protocol} && firewall-cmd --reload"
         );
@@ -498,7 +501,7 @@ fn open_port(protocol: &str, port: u16) -> String {
     if fs::read_to_string("/etc/ufw/ufw.conf").is_ok_and(|conf| conf.contains("ENABLED=yes")) {
         return format!("ufw allow {port}/{protocol}");
     }
-    if let Some(chain) = nft_input_chain(&says("nft", &["list", "chains"])) {
+    if let Some(chain) = nft_input_chain(&output_of("nft", &["list", "chains"])) {
         return format!("nft insert rule {chain} {protocol} dport {port} accept");
     }
     format!("iptables -I INPUT -p {protocol} --dport {port} -j ACCEPT")
@@ -808,30 +811,30 @@ fn keys(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
         .filter_map(|l| HashPart::parse(text(&l["hash_part"]).as_bytes()).ok())
         .take(SAMPLES)
         .collect();
-    let mut taken = 0;
-    let mut told = Vec::new();
+    let mut accepted = 0;
+    let mut remedies = Vec::new();
     for offers in probe::at_once(&parts, |part| probe::offers(node, part)) {
         for offer in offers {
             let (who, from) = (offer.who(), offer.from.ip().to_string());
             let Ok(NarInfo { info, .. }) = offer.narinfo else { continue };
             match settings.trusts(&info, &node.config) {
-                Ok(_) => taken += 1,
+                Ok(_) => accepted += 1,
                 Err(why) => {
                     let remedy = nix::trust(&info, &from);
-                    if !told.contains(&remedy) {
+                    if !remedies.contains(&remedy) {
                         let path = node.config.store_dir.join(&info.path);
                         report.fail(
                             "keys",
                             format!("{who} has {path}, and Nix would refuse it: {why}"),
                             remedy.clone(),
                         );
-                        told.push(remedy);
+                        remedies.push(remedy);
                     }
                 }
             }
         }
     }
-    if taken > 0 && told.is_empty() {
+    if accepted > 0 && remedies.is_empty() {
         report.ok("keys", "Nix trusts what peers offered last".into());
     }
 }
@@ -923,15 +926,16 @@ fn trackers(report: &mut Findings, config: &Config) {
 
 /// Checks by a tracker's `/reach` whether other machines can connect to the announced address.
 fn check_reachability(report: &mut Findings, tracker: &str, host: Option<&str>, port: u16) {
-    let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT)
+    let outcome = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT)
         .ok()
         .filter(|answer| answer.status == 200);
-    let told: Option<Value> = told.and_then(|answer| serde_json::from_slice(&answer.body).ok());
-    let Some(told) = told else {
+    let outcome: Option<Value> =
+        outcome.and_then(|answer| serde_json::from_slice(&answer.body).ok());
+    let Some(outcome) = outcome else {
         return report
             .note("address", format!("{tracker} does not tell whether it reaches this machine"));
     };
-    let seen: Option<IpAddr> = text(&told["addr"]).parse().ok();
+    let seen: Option<IpAddr> = text(&outcome["addr"]).parse().ok();
     let resolved = host.map(|host| {
         (host, port).to_socket_addrs().map(Iterator::collect::<Vec<_>>).unwrap_or_default()
     });
@@ -962,8 +966,8 @@ fn check_reachability(report: &mut Findings, tracker: &str, host: Option<&str>, 
         }
         return;
     }
-    let at = format!("{}:{port}", text(&told["addr"]));
-    if told["reached"] == true {
+    let at = format!("{}:{port}", text(&outcome["addr"]));
+    if outcome["reached"] == true {
         return report.ok("address", format!("{at} is reached from {tracker}"));
     }
     let remedy = format!(

@@ -1,7 +1,7 @@
 //! `peerix identity`: prints the public key that friends give to `--friend`.
 
 use super::report::{print, say};
-use super::{NO, RunningDaemon, YES};
+use super::{EXIT_NO, EXIT_YES, RunningDaemon};
 use crate::config::Config;
 use crate::identity;
 use serde_json::json;
@@ -16,11 +16,11 @@ pub fn run(config: &Config, json: bool) -> u8 {
             } else {
                 say(&format!("{key}\n"));
             }
-            YES
+            EXIT_YES
         }
         Err(e) => {
             eprintln!("peerix: {e}");
-            NO
+            EXIT_NO
         }
     }
 }

@@ -11,7 +11,7 @@ use std::io::Read;
 
 /// Maximum size that is read of each kernel table, in bytes; the rest is ignored. Listening sockets
 /// come first, with 150 bytes each.
-const MAX_TABLE: u64 = 1 << 20;
+const MAX_TABLE_BYTES: u64 = 1 << 20;
 
 /// Returns the user ID of a listener on `port` that does not belong to root. `None` if there is
 /// none, or if this process does not run as root.
@@ -21,7 +21,7 @@ pub fn foreign_listener_uid(port: u16) -> Option<u32> {
     }
     ["/proc/net/tcp", "/proc/net/tcp6"].into_iter().find_map(|name| {
         let mut table = String::new();
-        File::open(name).ok()?.take(MAX_TABLE).read_to_string(&mut table).ok()?;
+        File::open(name).ok()?.take(MAX_TABLE_BYTES).read_to_string(&mut table).ok()?;
         owners(&table, port).find(|uid| *uid != 0)
     })
 }

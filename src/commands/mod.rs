@@ -36,34 +36,34 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Maximum size of a response body, in bytes; the rest is cut off. A status with 200 lookups and
 /// 256 peers, or a tracker's list of 1,000 peers, has 300 KiB.
-const MAX_ANSWER: u64 = 4 << 20;
+const MAX_ANSWER_BYTES: u64 = 4 << 20;
 
 /// Exit status if all is well, or if the answer is yes.
-const YES: u8 = 0;
+const EXIT_YES: u8 = 0;
 /// Exit status if something is wrong, or if the answer is no.
-const NO: u8 = 1;
+const EXIT_NO: u8 = 1;
 /// Exit status for an invalid argument.
-const USAGE: u8 = 2;
+const EXIT_USAGE: u8 = 2;
 /// Exit status if no daemon runs.
-const NOT_RUNNING: u8 = 3;
+const EXIT_NOT_RUNNING: u8 = 3;
 
 /// Runs a command and returns its exit status, as documented in [`cli::HELP`]. Blocks until the
 /// network and Nix have answered; each request has a timeout of at most 10 s.
 pub fn run(ask: &CommandOptions) -> u8 {
-    if ask.what == Subcommand::Doctor {
+    if ask.subcommand == Subcommand::Doctor {
         return doctor::run(&ask.config, ask.json);
     }
-    if ask.what == Subcommand::Identity {
+    if ask.subcommand == Subcommand::Identity {
         return identity::run(&ask.config, ask.json);
     }
     let node = match RunningDaemon::find(&ask.config) {
         Ok(node) => node,
         Err(e) => {
             eprintln!("peerix: {e}; peerix doctor says more");
-            return NOT_RUNNING;
+            return EXIT_NOT_RUNNING;
         }
     };
-    match &ask.what {
+    match &ask.subcommand {
         Subcommand::Why(path) => why::run(&node, path, ask.json),
         Subcommand::Peers => peers::run(&node, ask.json),
         _ => status::run(&node, ask.json),
@@ -161,7 +161,7 @@ fn get_within(url: &str, timeout: Duration) -> Result<HttpAnswer, String> {
     answer
         .body_mut()
         .as_reader()
-        .take(MAX_ANSWER)
+        .take(MAX_ANSWER_BYTES)
         .read_to_end(&mut body)
         .map_err(|e| e.to_string())?;
     Ok(HttpAnswer { status, body, date })

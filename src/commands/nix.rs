@@ -14,11 +14,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{fs, io, thread};
 
 /// Timeout of a program. It is killed at the timeout.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Maximum size that is read of each output of a program, in bytes; the rest is cut off. Nix's
 /// settings have 20 KiB.
-const MAX_OUTPUT: u64 = 1 << 20;
+const MAX_OUTPUT_BYTES: u64 = 1 << 20;
 
 /// Interval between checks whether a program that has closed its output has ended.
 const EXIT_POLL: Duration = Duration::from_millis(5);
@@ -48,7 +48,7 @@ pub struct NixSettings {
 
 impl NixSettings {
     /// Reads the settings of the process that asks substituters: nix-daemon's if one runs,
-    /// otherwise this user's. Runs `nix` up to six times, for at most [`TIMEOUT`] each.
+    /// otherwise this user's. Runs `nix` up to six times, for at most [`PROGRAM_TIMEOUT`] each.
     ///
     /// # Errors
     /// One line: why Nix does not print its settings.
@@ -62,7 +62,7 @@ impl NixSettings {
     }
 
     /// Reads the settings of this user's Nix. nix-daemon may ignore some of them. Runs `nix` up to
-    /// six times, for at most [`TIMEOUT`] each.
+    /// six times, for at most [`PROGRAM_TIMEOUT`] each.
     ///
     /// # Errors
     /// One line: why Nix does not print its settings.
@@ -274,7 +274,7 @@ fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String
 }
 
 /// Makes nix-daemon, or this user's Nix if there is none, ask its substituters for `path`. Blocks
-/// until it has asked all of them, for at most [`TIMEOUT`].
+/// until it has asked all of them, for at most [`PROGRAM_TIMEOUT`].
 pub fn make_nix_query(path: &str, settings: &NixSettings) {
     let mut environment = vec![("NIX_USER_CONF_FILES".to_owned(), String::new())];
     match settings.daemon {
@@ -298,7 +298,7 @@ pub fn make_nix_query(path: &str, settings: &NixSettings) {
 const NOT_STARTED: &str = "cannot start ";
 
 /// Runs a program and returns its standard output. An empty value in `environment` removes the
-/// variable. Kills the program after [`TIMEOUT`].
+/// variable. Kills the program after [`PROGRAM_TIMEOUT`].
 ///
 /// # Errors
 /// One line: why the program cannot be started, the last line of its standard error if it fails, or
@@ -308,7 +308,7 @@ pub fn run(
     words: &[&str],
     environment: &[(String, String)],
 ) -> Result<String, String> {
-    run_within(program, words, environment, TIMEOUT)
+    run_within(program, words, environment, PROGRAM_TIMEOUT)
 }
 
 fn run_within(
@@ -336,17 +336,17 @@ fn run_within(
     let (done, waited) = crossbeam_channel::bounded(1);
     let (out, err) = (child.stdout.take(), child.stderr.take());
     thread::spawn(move || {
-        let (mut printed, mut said) = (String::new(), String::new());
-        let read = out.map(|out| out.take(MAX_OUTPUT).read_to_string(&mut printed));
-        let _ = err.map(|err| err.take(MAX_OUTPUT).read_to_string(&mut said));
-        let _ = done.send((read.is_some_and(|read| read.is_ok()), printed, said));
+        let (mut stdout, mut stderr) = (String::new(), String::new());
+        let read = out.map(|out| out.take(MAX_OUTPUT_BYTES).read_to_string(&mut stdout));
+        let _ = err.map(|err| err.take(MAX_OUTPUT_BYTES).read_to_string(&mut stderr));
+        let _ = done.send((read.is_some_and(|read| read.is_ok()), stdout, stderr));
     });
     let answer = waited.recv_deadline(deadline);
     let status = exit_status(&mut child, deadline).map_err(|e| format!("{program}: {e}"))?;
     match (status, answer) {
-        (Some(status), Ok((true, printed, _))) if status.success() => Ok(printed),
-        (Some(_), Ok((_, _, said))) => {
-            Err(said.lines().next_back().unwrap_or("it said nothing").to_owned())
+        (Some(status), Ok((true, stdout, _))) if status.success() => Ok(stdout),
+        (Some(_), Ok((_, _, stderr))) => {
+            Err(stderr.lines().next_back().unwrap_or("it said nothing").to_owned())
         }
         _ => Err(format!("{program}: no answer within {} s", timeout.as_secs())),
     }
@@ -472,12 +472,12 @@ pub fn order(settings: &NixSettings) -> Vec<SubstituterRank> {
         let field = |text: &str| {
             Some(text.lines().find_map(|line| line.strip_prefix("Priority:"))?.trim().to_owned())
         };
-        let said = info.map(|info| field(&String::from_utf8_lossy(&info)));
+        let cache_info = info.map(|info| field(&String::from_utf8_lossy(&info)));
         let number = given
             .map(str::to_owned)
-            .or_else(|| said.as_ref().ok()?.clone())
+            .or_else(|| cache_info.as_ref().ok()?.clone())
             .and_then(|n| n.parse::<u32>().ok());
-        let says = match (number, said) {
+        let says = match (number, cache_info) {
             (Some(number), _) => number.to_string(),
             (None, Ok(_)) => "no priority".into(),
             (None, Err(e)) => e,

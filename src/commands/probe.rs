@@ -19,9 +19,9 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 /// Number of times that a query is sent, because datagrams may get lost.
-const SENDINGS: u32 = 3;
+const MAX_SENDINGS: u32 = 3;
 /// Time after each sending in which answers are read. Answers to earlier sendings count too.
-const WAIT: Duration = Duration::from_millis(200);
+const ANSWER_WAIT: Duration = Duration::from_millis(200);
 
 /// Maximum number of nodes whose answers are read; the rest is ignored. A daemon remembers as many
 /// peers.
@@ -29,7 +29,7 @@ const MAX_HEARD: usize = 1024;
 
 /// Maximum number of nodes on other networks that are asked; the rest is ignored. A tracker names
 /// at most 64 candidates and 8 others for a lookup.
-const MAX_FAR: usize = 72;
+const MAX_WAN_NODES: usize = 72;
 
 /// Answer of a node to a query.
 pub struct ProbeReply {
@@ -43,7 +43,7 @@ pub struct ProbeReply {
 
 /// Queries the addresses in `named`, and if `everyone` is set also all nodes on the LAN by
 /// broadcast to `port`. Returns the first answer of each node, at most [`MAX_HEARD`], without this
-/// machine's own. Blocks for at most three times [`WAIT`].
+/// machine's own. Blocks for at most three times [`ANSWER_WAIT`].
 ///
 /// # Errors
 /// No UDP socket can be opened or configured.
@@ -66,7 +66,7 @@ pub fn ask(
     let first = RandomState::new().build_hasher().finish() as u32;
     let mut sent = Vec::new();
     let mut heard: Vec<ProbeReply> = Vec::new();
-    for sending in 0..SENDINGS {
+    for sending in 0..MAX_SENDINGS {
         let began = Instant::now();
         sent.push(began);
         let query =
@@ -78,7 +78,9 @@ pub fn ask(
             }
         }
         let mut buffer = [0; Packet::MAX_LEN + 1];
-        while let Some(left) = WAIT.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
+        while let Some(left) =
+            ANSWER_WAIT.checked_sub(began.elapsed()).filter(|left| !left.is_zero())
+        {
             if !everyone && targets.iter().all(|to| heard.iter().any(|h| h.from == *to)) {
                 return Ok(heard);
             }
@@ -242,8 +244,8 @@ pub fn known_or_named(status: &Value, named: &NamedAddresses) -> Vec<SocketAddr>
 }
 
 /// Nodes on other networks, with their peer IDs, as the trackers list them: all, or those that may
-/// have `hash_part`. At most [`MAX_FAR`]; empty in mode `lan`. Blocks for at most 2 s for each
-/// tracker, and while host names are resolved.
+/// have `hash_part`. At most [`MAX_WAN_NODES`]; empty in mode `lan`. Blocks for at most 2 s for
+/// each tracker, and while host names are resolved.
 pub fn wan_nodes(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
     let mut all = Vec::new();
     if !node.config.mode.has_wan() {
@@ -264,7 +266,7 @@ pub fn wan_nodes(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(Str
             });
             if let Some(address) = address
                 && !is_own
-                && all.len() < MAX_FAR
+                && all.len() < MAX_WAN_NODES
                 && !all.iter().any(|(_, other)| *other == address)
             {
                 all.push((id.to_owned(), address));

@@ -1,6 +1,6 @@
 //! Findings of a command, printed as text with one line each, or as JSON.
 
-use super::{NO, YES};
+use super::{EXIT_NO, EXIT_YES};
 use crate::service::{clean, is_plain};
 use serde_json::{Value, json};
 use std::io::{self, Write};
@@ -70,7 +70,8 @@ impl Findings {
         self.0.iter().map(finding).collect()
     }
 
-    /// Prints all findings and returns the exit status: [`YES`] if `well` is set, otherwise [`NO`].
+    /// Prints all findings and returns the exit status: [`EXIT_YES`] if `well` is set, otherwise
+    /// [`EXIT_NO`].
     pub fn print(&self, json: bool, well: bool) -> u8 {
         if json {
             print(&json!({"version": 1, "ok": well, "findings": self.findings()}));
@@ -87,7 +88,7 @@ impl Findings {
             }
             say(&out);
         }
-        if well { YES } else { NO }
+        if well { EXIT_YES } else { EXIT_NO }
     }
 }
 

@@ -1,12 +1,14 @@
 //! `peerix status`: prints the daemon's status as text or JSON.
 
 use super::report::{print, say};
-use super::{NO, RunningDaemon, YES, found_by, list, liveness, long, moment, short, text};
+use super::{
+    EXIT_NO, EXIT_YES, RunningDaemon, found_by, list, liveness, long, moment, short, text,
+};
 use crate::service::clean;
 use serde_json::Value;
 
 /// Maximum number of lookups that are shown, the latest first.
-const LOOKUPS: usize = 10;
+const MAX_LOOKUPS: usize = 10;
 
 pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let status = &node.status;
@@ -16,7 +18,7 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     } else {
         say(&shown(status));
     }
-    if well { YES } else { NO }
+    if well { EXIT_YES } else { EXIT_NO }
 }
 
 fn shown(status: &Value) -> String {
@@ -94,7 +96,7 @@ fn shown(status: &Value) -> String {
     let lookups = list(&status["lookups"]);
     line(String::new());
     line(format!("last lookups: {}", lookups.len()));
-    for lookup in lookups.iter().take(LOOKUPS) {
+    for lookup in lookups.iter().take(MAX_LOOKUPS) {
         let what =
             format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
         let came = if lookup["hit"] == true {

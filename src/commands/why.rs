@@ -5,7 +5,7 @@
 use super::nix::{self, NixSettings, trusted_by};
 use super::probe;
 use super::report::Findings;
-use super::{RunningDaemon, USAGE, get, list, liveness, long, moment, peer_at, text};
+use super::{EXIT_USAGE, RunningDaemon, get, list, liveness, long, moment, peer_at, text};
 use crate::access::AccessPolicy;
 use crate::config::Sharing;
 use crate::network::Networks;
@@ -26,7 +26,7 @@ pub fn run(node: &RunningDaemon, path: &str, json: bool) -> u8 {
             "peerix: why {}: no store path; they look like {dir}/<32 digits>-<name>",
             crate::service::clean(path)
         );
-        return USAGE;
+        return EXIT_USAGE;
     };
     let mut report = Findings::default();
     let here = here(&mut report, node, &hash_part);

@@ -190,7 +190,7 @@ mod tests {
     }
 
     /// A connection at work.
-    fn seat(id: usize, of: Newcomer) -> OpenConnection {
+    fn connection(id: usize, of: Newcomer) -> OpenConnection {
         let Newcomer { peer, is_own } = of;
         let stalled_for = Duration::ZERO;
         OpenConnection { id: id as u64, peer, is_own, idle_since: None, stalled_for }
@@ -198,12 +198,12 @@ mod tests {
 
     /// `count` connections, two per address, none of them idle. IDs count from 0.
     fn strangers(count: usize) -> Vec<OpenConnection> {
-        (0..count).map(|n| seat(n, stranger(n / 2))).collect()
+        (0..count).map(|n| connection(n, stranger(n / 2))).collect()
     }
 
     fn and_own(mut connections: Vec<OpenConnection>, count: usize) -> Vec<OpenConnection> {
         let from = connections.len();
-        connections.extend((from..from + count).map(|n| seat(n, own())));
+        connections.extend((from..from + count).map(|n| connection(n, own())));
         connections
     }
 
@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn groups_above_fair_share_do_not_shut_out_others() {
         let few = |groups: usize| -> Vec<OpenConnection> {
-            (0..STRANGERS).map(|n| seat(n, stranger(n % groups))).collect()
+            (0..STRANGERS).map(|n| connection(n, stranger(n % groups))).collect()
         };
         for groups in [1, 4, 10] {
             let Admission::Replace(id) = find(stranger(999), &few(groups)) else {
@@ -266,7 +266,8 @@ mod tests {
             assert_eq!(find(stranger(0), &few(groups)), Admission::Full);
             // Nor does it take the idle connections of other groups.
             let mut connections = few(groups);
-            connections.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(998)) });
+            connections
+                .push(OpenConnection { idle_since: Some(1), ..connection(5000, stranger(998)) });
             assert_eq!(find(stranger(0), &connections), Admission::Full);
         }
         assert_eq!(find(stranger(999), &few(20)), Admission::Full, "each has its share");
@@ -282,7 +283,8 @@ mod tests {
     /// server was not full.
     #[test]
     fn one_address_may_exceed_fair_share_while_there_is_room() {
-        let connections: Vec<OpenConnection> = (0..600).map(|n| seat(n, stranger(1))).collect();
+        let connections: Vec<OpenConnection> =
+            (0..600).map(|n| connection(n, stranger(1))).collect();
         assert_eq!(find(stranger(1), &connections), Admission::Free);
     }
 
@@ -304,7 +306,8 @@ mod tests {
         connections[9].stalled_for = STALL_TIMEOUT.get();
         assert_eq!(find(own(), &connections), Admission::Replace(9), "another machine first");
         // In a group above its share, too, before its oldest.
-        let mut connections: Vec<_> = (0..STRANGERS).map(|n| seat(n, stranger(n % 4))).collect();
+        let mut connections: Vec<_> =
+            (0..STRANGERS).map(|n| connection(n, stranger(n % 4))).collect();
         (0..4).for_each(|n| connections[400 + n].stalled_for = STALL_TIMEOUT.get());
         let Admission::Replace(id) = find(stranger(999), &connections) else { panic!("shut out") };
         assert!((400..404).contains(&id), "{id}");
@@ -317,12 +320,13 @@ mod tests {
             peer: Ipv6Addr::new(prefix, 0, 0, 0, 0, 0, 0, n as u16).into(),
             is_own: false,
         };
-        let mut connections: Vec<_> = (0..MAX_PER_PREFIX).map(|n| seat(n, of(0xfd00, n))).collect();
+        let mut connections: Vec<_> =
+            (0..MAX_PER_PREFIX).map(|n| connection(n, of(0xfd00, n))).collect();
         assert_eq!(find(of(0xfd00, 9999), &connections[1..]), Admission::Free);
         assert_eq!(find(of(0xfd00, 9999), &connections), Admission::Full);
         assert_eq!(find(of(0xfd01, 1), &connections), Admission::Free);
         assert_eq!(find(stranger(1), &connections), Admission::Free);
-        connections.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(1)) });
+        connections.push(OpenConnection { idle_since: Some(1), ..connection(5000, stranger(1)) });
         connections[7].idle_since = Some(2);
         assert_eq!(find(of(0xfd00, 9999), &connections), Admission::Replace(7), "its own prefix");
     }
@@ -332,7 +336,7 @@ mod tests {
         let outside = Newcomer { is_own: false, ..own() };
         assert_eq!(find(outside, &strangers(STRANGERS)), Admission::Full);
         let mut connections = strangers(STRANGERS - 1);
-        connections.push(seat(STRANGERS, outside));
+        connections.push(connection(STRANGERS, outside));
         assert_eq!(find(stranger(999), &connections), Admission::Full);
     }
 

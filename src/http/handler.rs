@@ -111,7 +111,7 @@ impl Handler for CacheHandler {
         // For these, `handle` may have to wait: for the upload limit, for the upstream cache (WAN),
         // or for `/etc/hosts` (a `Host` that is a name).
         let is_limited = scope != Scope::ThisMachine && self.upload_limit.is_some();
-        let waits = is_limited || scope == Scope::Wan || origin::is_under_a_name(request);
+        let waits = is_limited || scope == Scope::Wan || origin::needs_hosts_file(request);
         if waits || self.refuse_web_pages(&route, request, scope).is_err() {
             return None;
         }

@@ -67,7 +67,7 @@ pub(super) fn suspicion(request: &Request<'_>, is_page: bool) -> Option<String> 
 }
 
 /// Whether [`suspicion`] would have to read `/etc/hosts` for this request.
-pub(super) fn is_under_a_name(request: &Request<'_>) -> bool {
+pub(super) fn needs_hosts_file(request: &Request<'_>) -> bool {
     request.field("host").is_some_and(|host| !is_number_or_localhost(without_port(host)))
 }
 
@@ -75,7 +75,7 @@ pub(super) fn is_under_a_name(request: &Request<'_>) -> bool {
 fn check_own_name(host: &str, hosts: &Path) -> bool {
     let name = without_port(host);
     is_number_or_localhost(name)
-        || (name.len() <= MAX_NAME && is_loopback_in(hosts, name).unwrap_or(false))
+        || (name.len() <= MAX_NAME && look_up_loopback(hosts, name).unwrap_or(false))
 }
 
 fn is_number_or_localhost(name: &str) -> bool {
@@ -101,10 +101,10 @@ fn without_port(host: &str) -> &str {
 }
 
 /// Whether a file like `/etc/hosts` gives the name loopback addresses only, and at least one.
-fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
+fn look_up_loopback(hosts: &Path, name: &str) -> io::Result<bool> {
     static HOSTS_CACHE: LazyLock<Mutex<HostsCache>> = LazyLock::new(Mutex::default);
     let file = File::open(hosts)?;
-    HOSTS_CACHE.lock().is_loopback(&file, name)
+    HOSTS_CACHE.lock().look_up_cached(&file, name)
 }
 
 /// Results of earlier lookups in one version of the file.
@@ -116,7 +116,7 @@ struct HostsCache {
 }
 
 impl HostsCache {
-    fn is_loopback(&mut self, hosts: &File, name: &str) -> io::Result<bool> {
+    fn look_up_cached(&mut self, hosts: &File, name: &str) -> io::Result<bool> {
         let (name, meta) = (name.to_ascii_lowercase(), hosts.metadata()?);
         let file = [
             meta.dev() as i64,
@@ -128,12 +128,12 @@ impl HostsCache {
         if self.file != file {
             *self = HostsCache { file, ..HostsCache::default() };
         }
-        if let Some(said) = self.names.get(&name) {
-            return Ok(*said);
+        if let Some(is_loopback) = self.names.get(&name) {
+            return Ok(*is_loopback);
         }
-        let said = look_up(hosts, &name)?;
-        self.names.insert(name, said);
-        Ok(said)
+        let is_loopback = look_up(hosts, &name)?;
+        self.names.insert(name, is_loopback);
+        Ok(is_loopback)
     }
 }
 
@@ -243,7 +243,7 @@ mod tests {
         // The file's position is at its end after the first read, so a second read would find
         // nothing.
         let file = File::open(&hosts).unwrap();
-        let mut ask = |file: &File, name: &str| remembered.is_loopback(file, name).unwrap();
+        let mut ask = |file: &File, name: &str| remembered.look_up_cached(file, name).unwrap();
         assert!(ask(&file, "desk") && ask(&file, "DESK") && !ask(&file, "other"));
         // Names of strangers displace the entry only until the next request.
         (0..100).for_each(|number| assert!(!ask(&file, &format!("{number}.evil.example"))));

@@ -260,8 +260,8 @@ impl<'a> Exchange<'a> {
     }
 
     /// Number of bytes of the body to send at once.
-    fn piece(&self, wanted: usize) -> usize {
-        self.limit.map_or(wanted, |limit| wanted.min(limit.piece()))
+    fn piece(&self, max: usize) -> usize {
+        self.limit.map_or(max, |limit| max.min(limit.piece()))
     }
 
     /// Waits until the upload limit permits `bytes` more bytes.

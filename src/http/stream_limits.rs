@@ -164,14 +164,14 @@ impl StreamLimits {
         progress: &Arc<SendProgress>,
         waits: bool,
     ) -> Option<StreamPermit<'_>> {
-        let has_room = |counts: &mut StreamCounts| counts.make_room(peer, self.max_for_peers);
+        let make_room = |counts: &mut StreamCounts| counts.make_room(peer, self.max_for_peers);
         let waiting: SelectWaiting = |counts| &mut counts.waiting_for_streams;
         let mut counts = self.counts.lock();
-        if !has_room(&mut counts) {
+        if !make_room(&mut counts) {
             if !waits {
                 return None;
             }
-            counts = wait(counts, &self.streams, waiting, peer.is_none(), progress, has_room)?;
+            counts = wait(counts, &self.streams, waiting, peer.is_none(), progress, make_room)?;
         }
         // This stream has not been told to give way, though an earlier one of the connection may.
         progress.clear_give_way();
@@ -188,11 +188,11 @@ impl StreamLimits {
         is_own: bool,
         progress: &SendProgress,
     ) -> Option<LargeNarinfoPermit<'_>> {
-        let has_room = |counts: &mut StreamCounts| counts.large_narinfos < MAX_LARGE_NARINFOS;
+        let make_room = |counts: &mut StreamCounts| counts.large_narinfos < MAX_LARGE_NARINFOS;
         let waiting: SelectWaiting = |counts| &mut counts.waiting_for_narinfos;
         let mut counts = self.counts.lock();
-        if !has_room(&mut counts) {
-            counts = wait(counts, &self.narinfos, waiting, is_own, progress, has_room)?;
+        if !make_room(&mut counts) {
+            counts = wait(counts, &self.narinfos, waiting, is_own, progress, make_room)?;
         }
         counts.large_narinfos += 1;
         Some(LargeNarinfoPermit(self))
@@ -209,16 +209,16 @@ impl StreamLimits {
     }
 }
 
-/// Waits in `queue` until `has_room` returns true, for [`PERMIT_TIMEOUT`] at most. Returns `None`
-/// after that, if the client's connection was closed, or if too many other machines wait.
-/// `waiting` selects the numbers of requests in the queue.
+/// Waits in `queue` until `make_room` returns true, for [`PERMIT_TIMEOUT`] at most. Returns `None`
+/// after that, if the client's connection was closed, or if too many other machines wait. `waiting`
+/// selects the numbers of requests in the queue.
 fn wait<'a>(
     mut counts: MutexGuard<'a, StreamCounts>,
     queue: &WaitQueue,
     waiting: SelectWaiting,
     is_own: bool,
     progress: &SendProgress,
-    has_room: impl Fn(&mut StreamCounts) -> bool,
+    make_room: impl Fn(&mut StreamCounts) -> bool,
 ) -> Option<MutexGuard<'a, StreamCounts>> {
     let strangers = counts.waiting_for_streams.strangers + counts.waiting_for_narinfos.strangers;
     if !is_own && strangers >= MAX_WAITING_STRANGERS {
@@ -233,7 +233,7 @@ fn wait<'a>(
     {
         let left = left.min(CHECK_INTERVAL);
         counts = queue.of(is_own).wait_timeout(counts, left);
-        has_permit = has_room(&mut counts);
+        has_permit = make_room(&mut counts);
     }
     *waiting(&mut counts).of(is_own) -= 1;
     has_permit.then_some(counts)

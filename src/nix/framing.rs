@@ -126,7 +126,7 @@ impl Framing {
             return Err(malformed("longer than announced"));
         }
         while !bytes.is_empty() {
-            let wanted = match self.state {
+            let expected = match self.state {
                 FramingState::Data(left, padding) => {
                     let skipped = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
                     bytes = &bytes[skipped..];
@@ -151,16 +151,16 @@ impl Framing {
                 FramingState::Name(len) => len.next_multiple_of(8),
                 FramingState::Node => NODE.len(),
             };
-            let taken = bytes.len().min(wanted - self.carry.len());
+            let taken = bytes.len().min(expected - self.carry.len());
             let (begin, rest) = bytes.split_at(taken);
             bytes = rest;
             self.left -= taken as u64;
-            if taken == wanted {
+            if taken == expected {
                 self.state = self.next(begin)?;
                 continue;
             }
             self.carry.extend_from_slice(begin);
-            if self.carry.len() == wanted {
+            if self.carry.len() == expected {
                 let piece = std::mem::take(&mut self.carry);
                 self.state = self.next(&piece)?;
                 self.carry = piece;

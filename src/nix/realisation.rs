@@ -182,9 +182,9 @@ impl Realisation {
         let not_json = |_| Malformed::new(WHAT, "not the JSON of a realisation");
         let (out_path, dependencies, signatures) = match &id.derivation {
             DerivationId::Hash(_) => {
-                let RealisationBody { id: said, out_path, dependencies, signatures } =
+                let RealisationBody { id: given_id, out_path, dependencies, signatures } =
                     serde_json::from_slice(bytes).map_err(not_json)?;
-                if said != id.to_string() {
+                if given_id != id.to_string() {
                     return Err(Malformed::new(WHAT, "of another output"));
                 }
                 (out_path, dependencies, signatures)

@@ -100,7 +100,9 @@ impl LanSource {
                         self.discovery.report_failed(lookup, peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
-                        if asked < MAX_LOG_HOLDERS && self.send_request(http, &result_sender, deadline, request) {
+                        if asked < MAX_LOG_HOLDERS
+                            && self.send_request(http, &result_sender, deadline, request)
+                        {
                             (asked, in_flight) = (asked + 1, in_flight + 1);
                         }
                     }

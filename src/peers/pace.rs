@@ -359,7 +359,7 @@ mod tests {
         (pace / expected - 1.0).abs() < 1e-6
     }
 
-    fn who() -> PeerKey {
+    fn peer_key() -> PeerKey {
         PeerKey::from(std::net::SocketAddr::from(([10, 0, 0, 1], 1)))
     }
 
@@ -396,10 +396,10 @@ mod tests {
     fn invalid_pace_is_not_restored() {
         let (paces, now) = (Paces::default(), Instant::now());
         for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            paces.restore(who(), wrong, now);
-            assert_eq!(paces.load(who(), now).pace.known, None, "{wrong}");
+            paces.restore(peer_key(), wrong, now);
+            assert_eq!(paces.load(peer_key(), now).pace.known, None, "{wrong}");
         }
-        paces.restore(who(), 5e6, now);
+        paces.restore(peer_key(), 5e6, now);
         assert_eq!(paces.known_paces(now).len(), 1);
     }
 
@@ -407,14 +407,14 @@ mod tests {
     fn concurrent_streams_count_waiting_time_once() {
         let (paces, now) = (Paces::default(), Instant::now());
         let mut intakes: Vec<IncomingNar> =
-            (0..8).map(|_| paces.begin(who(), 32 * KIB, now)).collect();
-        let load = paces.load(who(), now);
+            (0..8).map(|_| paces.begin(peer_key(), 32 * KIB, now)).collect();
+        let load = paces.load(peer_key(), now);
         assert_eq!((load.streams, load.outstanding), (8, 256 * KIB));
         for (i, intake) in (1..).zip(&mut intakes) {
             intake.record_bytes(32 * KIB, now + ms(100 * i / 8));
         }
         drop(intakes);
-        let load = paces.load(who(), now + ms(100));
+        let load = paces.load(peer_key(), now + ms(100));
         assert!(is_near(load.pace.known.unwrap(), 256.0 * 1024.0 / 0.1), "{load:?}");
         assert_eq!((load.streams, load.outstanding), (0, 0));
     }
@@ -460,35 +460,35 @@ mod tests {
     fn pace_after_begin_ignores_sleeping_card_but_measures_dripping_peer() {
         let (paces, mut now) = (Paces::default(), Instant::now());
         for _ in 0..100 {
-            let mut intake = paces.begin(who(), 20 * KIB, now);
+            let mut intake = paces.begin(peer_key(), 20 * KIB, now);
             now += ms(100);
             intake.record_bytes(20 * KIB, now);
         }
-        let load = paces.load(who(), now);
+        let load = paces.load(peer_key(), now);
         assert!(load.pace.known.unwrap() < 210.0 * 1024.0);
         assert_eq!(load.after_begin.known, None);
-        let mut intake = paces.begin(who(), 20 * KIB, now);
+        let mut intake = paces.begin(peer_key(), 20 * KIB, now);
         for _ in 0..22 {
             intake.start_waiting(now);
             now += ms(100);
             intake.record_bytes(900, now);
         }
-        assert!(is_near(paces.load(who(), now).after_begin.known.unwrap(), 9000.0));
+        assert!(is_near(paces.load(peer_key(), now).after_begin.known.unwrap(), 9000.0));
     }
 
     #[test]
     fn dropped_nar_leaves_no_load() {
         let (paces, now) = (Paces::default(), Instant::now());
-        let mut intake = paces.begin(who(), 1000, now);
+        let mut intake = paces.begin(peer_key(), 1000, now);
         intake.record_bytes(400, now);
         intake.start_waiting(now);
-        assert_eq!(paces.load(who(), now).outstanding, 600);
+        assert_eq!(paces.load(peer_key(), now).outstanding, 600);
         drop(intake);
-        let load = paces.load(who(), Instant::now());
+        let load = paces.load(peer_key(), Instant::now());
         assert_eq!((load.streams, load.outstanding), (0, 0));
         let state = paces.state.lock();
         assert_eq!(
-            (state.peers[&who()].meter.waiting, state.peers[&who()].after_begin.waiting),
+            (state.peers[&peer_key()].meter.waiting, state.peers[&peer_key()].after_begin.waiting),
             (0, 0)
         );
     }

@@ -507,7 +507,8 @@ impl WanSearch {
     }
 
     fn is_awaited(&self, candidate: &CandidateState, now: Instant) -> bool {
-        matches!(candidate.phase, CandidatePhase::Asked(at) if now < self.answer_deadline(candidate, at, now))
+        let is_in_time = |at| now < self.answer_deadline(candidate, at, now);
+        matches!(candidate.phase, CandidatePhase::Asked(at) if is_in_time(at))
     }
 
     /// Asks as many candidates as the limit admits. Returns false if other requests block a
@@ -572,7 +573,9 @@ impl WanSearch {
         let health = &self.wan.health;
         let is_doubtful =
             |index: &usize| health.is_doubtful(PeerKey::far(self.candidates[*index].address));
-        let is_due = |index: &usize| matches!(self.candidates[*index].phase, CandidatePhase::Untried(due) if due <= now);
+        let phase = |index: &usize| self.candidates[*index].phase;
+        let is_due =
+            |index: &usize| matches!(phase(index), CandidatePhase::Untried(due) if due <= now);
         let all = 0..self.candidates.len();
         let hopeful = all.clone().filter(|index| self.may_be_asked(&self.candidates[*index], now));
         let mut order: Vec<_> = hopeful.filter(is_due).collect();

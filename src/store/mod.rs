@@ -119,7 +119,7 @@ impl Store {
     }
 
     fn new(config: StoreConfig) -> Store {
-        let place = DatabaseLocation {
+        let location = DatabaseLocation {
             store_dir: config.store_dir.clone(),
             db: config.db.clone(),
             daemon_socket: config.daemon_socket(),
@@ -127,13 +127,18 @@ impl Store {
         Store {
             path_info_cache: PathInfoCache::default(),
             lookups: ConnectionPool::new(
-                place.clone(),
+                location.clone(),
                 MAX_CONNECTIONS,
                 LOOKUP_TIMEOUT,
                 log::Level::Info,
             ),
-            quick_lookups: ConnectionPool::new(place.clone(), 1, QUICK_TIMEOUT, log::Level::Debug),
-            scans: ConnectionPool::new(place, 1, LOOKUP_TIMEOUT, log::Level::Debug),
+            quick_lookups: ConnectionPool::new(
+                location.clone(),
+                1,
+                QUICK_TIMEOUT,
+                log::Level::Debug,
+            ),
+            scans: ConnectionPool::new(location, 1, LOOKUP_TIMEOUT, log::Level::Debug),
             config,
         }
     }

@@ -186,7 +186,7 @@ impl OpenedFile {
     /// Finds the current entry of `walk`. The file is opened if `open` is set; otherwise only its
     /// metadata is read.
     pub(super) fn find(walk: &Walk, open: bool) -> Result<OpenedFile, NarError> {
-        let (directory, name) = walk.place();
+        let (directory, name) = walk.location();
         let failed = |error| walk.failed(error);
         if open {
             let descriptor = open_file(directory, name).map_err(failed)?;
@@ -250,9 +250,9 @@ impl NarStream<'_> {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), NarError> {
-        let wanted = self.pass(bytes.len() as u64);
+        let range = self.pass(bytes.len() as u64);
         // Fits `usize`: no larger than the length of `bytes`.
-        let mut rest = &bytes[wanted.start as usize..wanted.end as usize];
+        let mut rest = &bytes[range.start as usize..range.end as usize];
         while !rest.is_empty() {
             self.make_room()?;
             let count = rest.len().min(self.room());
@@ -264,8 +264,8 @@ impl NarStream<'_> {
     }
 
     fn put_file(&mut self, walk: &Walk, file: &mut OpenedFile) -> Result<(), NarError> {
-        let wanted = self.pass(file.size);
-        if wanted.is_empty() {
+        let range = self.pass(file.size);
+        if range.is_empty() {
             return Ok(());
         }
         if file.descriptor.is_none() {
@@ -276,12 +276,12 @@ impl NarStream<'_> {
             *file = opened;
         }
         let Some(descriptor) = &file.descriptor else { return Ok(()) };
-        let mut at = wanted.start;
+        let mut at = range.start;
         // All but the end of a large file goes directly to the sink. The end is read into the
         // buffer, so that the file's length is verified and the last piece is retained.
-        while wanted.end - at > 2 * PIECE as u64 {
+        while range.end - at > 2 * PIECE as u64 {
             self.flush()?;
-            let max = wanted.end - at - PIECE as u64;
+            let max = range.end - at - PIECE as u64;
             match self.out.send_file(descriptor.as_fd(), at, max).map_err(NarError::Write)? {
                 None => break,
                 Some(0) => return Err(walk.changed("became shorter while it was read")),
@@ -291,14 +291,14 @@ impl NarStream<'_> {
                 }
             }
         }
-        while at < wanted.end {
+        while at < range.end {
             self.make_room()?;
-            let left = wanted.end - at;
+            let left = range.end - at;
             let room = self.room();
             // At the end of the file, one byte more is requested, to notice that the file has
             // grown.
             let (asked, max) = match usize::try_from(left) {
-                Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
+                Ok(left) if left <= room => (left + usize::from(range.end == file.size), left),
                 _ => (room, room),
             };
             let count =
@@ -384,9 +384,9 @@ mod tests {
         let store = fixture.open();
         for start in 0..=nar.len() {
             for end in [start, start + 1, start + 8, start + 301, nar.len() - 1, nar.len()] {
-                let wanted = start as u64..end as u64;
+                let range = start as u64..end as u64;
                 let mut out = Vec::new();
-                let result = store.write_nar(&info, wanted, &mut out);
+                let result = store.write_nar(&info, range, &mut out);
                 if start <= end && end <= nar.len() {
                     result.unwrap();
                     assert!(out == nar[start..end], "{start}..{end}");
@@ -485,14 +485,14 @@ mod tests {
             let fixture = Fixture::new();
             let (info, nar) = fixture.add(two_files);
             change(Path::new(&fixture.absolute(info.path.base_name())));
-            for wanted in [0..info.nar_size, 0..1, PIECE as u64 * 2..info.nar_size] {
+            for range in [0..info.nar_size, 0..1, PIECE as u64 * 2..info.nar_size] {
                 let mut out = Vec::new();
-                let error = fixture.open().write_nar(&info, wanted.clone(), &mut out).unwrap_err();
+                let error = fixture.open().write_nar(&info, range.clone(), &mut out).unwrap_err();
                 assert!(
                     matches!(error, NarError::Changed { .. } | NarError::Unsupported { .. }),
                     "{number}: {error}"
                 );
-                assert!((out.len() as u64) < wanted.end - wanted.start);
+                assert!((out.len() as u64) < range.end - range.start);
             }
             assert!(fixture.open().listing(&info).is_err(), "{number}");
             assert!(!nar.is_empty());
@@ -573,7 +573,7 @@ mod tests {
         let content: Vec<u8> = (0..size).map(|i| (i * 7 / 3) as u8).collect();
         let fixture = Fixture::new();
         let (info, nar) = fixture.add(|root| fs::write(root, &content).unwrap());
-        for wanted in [
+        for range in [
             0..nar.len(),
             1..nar.len(),
             PIECE..nar.len(),
@@ -583,10 +583,10 @@ mod tests {
             9..9,
         ] {
             let mut out = Socket::default();
-            let part = wanted.start as u64..wanted.end as u64;
+            let part = range.start as u64..range.end as u64;
             fixture.open().write_nar(&info, part, &mut out).unwrap();
-            assert!(out.bytes == nar[wanted.clone()], "{wanted:?}");
-            assert_eq!(out.from_files > 0, wanted.len() > 2 * PIECE + 200, "{wanted:?}");
+            assert!(out.bytes == nar[range.clone()], "{range:?}");
+            assert_eq!(out.from_files > 0, range.len() > 2 * PIECE + 200, "{range:?}");
         }
         // A file that is too short is never completed.
         let mut out = Socket::default();

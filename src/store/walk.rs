@@ -158,11 +158,11 @@ impl Walk {
 
     /// Returns the current entry's name. At [`WalkStep::Leave`] that is the directory that ended.
     pub(super) fn name(&self) -> &CStr {
-        self.place().1
+        self.location().1
     }
 
     /// Returns the current entry's directory and name, for `openat` and its like.
-    pub(super) fn place(&self) -> (BorrowedFd<'_>, &CStr) {
+    pub(super) fn location(&self) -> (BorrowedFd<'_>, &CStr) {
         match self.depth.checked_sub(1).map(|index| &self.directories[index]) {
             Some(directory) => (directory.descriptor.as_fd(), directory.current().unwrap_or(c"")),
             None => (self.store.as_fd(), &self.root),
@@ -171,7 +171,7 @@ impl Walk {
 
     /// Reads the target of the current symlink.
     pub(super) fn target(&self) -> Result<CString, NarError> {
-        let (directory, name) = self.place();
+        let (directory, name) = self.location();
         readlinkat(directory, name, Vec::new()).map_err(|error| self.failed(error))
     }
 
@@ -202,7 +202,7 @@ impl Walk {
     }
 
     fn ask_kind(&self) -> Result<FileType, NarError> {
-        let (directory, name) = self.place();
+        let (directory, name) = self.location();
         let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|error| self.failed(error))?;
         Ok(FileType::from_raw_mode(stat.st_mode))
@@ -216,7 +216,7 @@ impl Walk {
             });
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let (parent, name) = self.place();
+        let (parent, name) = self.location();
         let descriptor =
             openat(parent, name, flags, Mode::empty()).map_err(|error| self.failed(error))?;
 

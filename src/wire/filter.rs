@@ -97,7 +97,7 @@ impl BloomFilter {
     pub fn insert(&mut self, hash_part: &HashPart) -> bool {
         let mut changed = false;
         for at in positions(hash_part, self.len_bits()) {
-            let (byte, bit) = place(at);
+            let (byte, bit) = bit_position(at);
             changed |= self.bits[byte] & bit == 0;
             self.bits[byte] |= bit;
         }
@@ -107,13 +107,13 @@ impl BloomFilter {
     /// Whether the hash part was added. May be true for one that was not.
     pub fn contains(&self, hash_part: &HashPart) -> bool {
         positions(hash_part, self.len_bits()).iter().all(|&at| {
-            let (byte, bit) = place(at);
+            let (byte, bit) = bit_position(at);
             self.bits[byte] & bit != 0
         })
     }
 }
 
-fn place(at: u64) -> (usize, u8) {
+fn bit_position(at: u64) -> (usize, u8) {
     ((at / 8) as usize, 1 << (at % 8))
 }
 

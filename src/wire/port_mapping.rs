@@ -64,29 +64,29 @@ pub enum MappingResponse {
 
 /// Encodes a PCP MAP request: a port mapping for IPv4, a firewall pinhole for IPv6 (RFC 6887,
 /// section 11).
-pub fn pcp_request(wanted: &MappingRequest) -> Vec<u8> {
-    let any = match wanted.client {
+pub fn pcp_request(request: &MappingRequest) -> Vec<u8> {
+    let any = match request.client {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED,
     };
     [
         &[PCP, PCP_MAP, 0, 0][..],
-        &wanted.lifetime.to_be_bytes(),
-        &v6(wanted.client).octets(),
-        &wanted.nonce,
+        &request.lifetime.to_be_bytes(),
+        &v6(request.client).octets(),
+        &request.nonce,
         &[TCP, 0, 0, 0],
-        &wanted.internal_port.to_be_bytes(),
-        &wanted.external_port.to_be_bytes(),
+        &request.internal_port.to_be_bytes(),
+        &request.external_port.to_be_bytes(),
         &any.octets(),
     ]
     .concat()
 }
 
 /// Encodes a NAT-PMP request for a TCP mapping (RFC 6886, section 3.3).
-pub fn nat_pmp_request(wanted: &MappingRequest) -> Vec<u8> {
+pub fn nat_pmp_request(request: &MappingRequest) -> Vec<u8> {
     let (internal, external) =
-        (wanted.internal_port.to_be_bytes(), wanted.external_port.to_be_bytes());
-    [&[NAT_PMP, NAT_PMP_MAP_TCP, 0, 0][..], &internal, &external, &wanted.lifetime.to_be_bytes()]
+        (request.internal_port.to_be_bytes(), request.external_port.to_be_bytes());
+    [&[NAT_PMP, NAT_PMP_MAP_TCP, 0, 0][..], &internal, &external, &request.lifetime.to_be_bytes()]
         .concat()
 }
 
@@ -95,24 +95,24 @@ pub fn nat_pmp_address_request() -> Vec<u8> {
     vec![NAT_PMP, NAT_PMP_ADDRESS]
 }
 
-/// Parses an answer to one of the requests for `wanted`.
+/// Parses an answer to one of the datagrams for `request`.
 ///
 /// # Errors
 /// The datagram is not an answer, or it answers another request.
-pub fn parse(datagram: &[u8], wanted: &MappingRequest) -> Result<MappingResponse, Malformed> {
+pub fn parse(datagram: &[u8], request: &MappingRequest) -> Result<MappingResponse, Malformed> {
     let bad = |why| Malformed::new(WHAT, why);
     match datagram {
         [PCP, kind, ..] if *kind == ANSWER | PCP_MAP => {
             let code = u16::from(*datagram.get(3).ok_or(bad("too short"))?);
             match code {
-                0 => parse_pcp(datagram, wanted).ok_or(bad("of another mapping")),
+                0 => parse_pcp(datagram, request).ok_or(bad("of another mapping")),
                 UNSUPPORTED_VERSION => Ok(MappingResponse::UnknownVersion),
                 code => Ok(MappingResponse::Refused(code)),
             }
         }
         [NAT_PMP, kind, high, low, rest @ ..] if kind & ANSWER != 0 => {
             match u16::from_be_bytes([*high, *low]) {
-                0 => parse_nat_pmp(*kind, rest, wanted).ok_or(bad("of another mapping")),
+                0 => parse_nat_pmp(*kind, rest, request).ok_or(bad("of another mapping")),
                 UNSUPPORTED_VERSION => Ok(MappingResponse::UnknownVersion),
                 code => Ok(MappingResponse::Refused(code)),
             }
@@ -121,10 +121,10 @@ pub fn parse(datagram: &[u8], wanted: &MappingRequest) -> Result<MappingResponse
     }
 }
 
-fn parse_pcp(datagram: &[u8], wanted: &MappingRequest) -> Option<MappingResponse> {
+fn parse_pcp(datagram: &[u8], request: &MappingRequest) -> Option<MappingResponse> {
     let map = datagram.get(24..60)?;
     let is_ours =
-        map[..12] == wanted.nonce && map[12] == TCP && port(&map[16..18]) == wanted.internal_port;
+        map[..12] == request.nonce && map[12] == TCP && port(&map[16..18]) == request.internal_port;
     let ip = Ipv6Addr::from(<[u8; 16]>::try_from(&map[20..36]).ok()?).to_canonical();
     (is_ours && port(&map[18..20]) != 0).then(|| {
         MappingResponse::Mapped(MappingGrant {
@@ -136,13 +136,13 @@ fn parse_pcp(datagram: &[u8], wanted: &MappingRequest) -> Option<MappingResponse
     })
 }
 
-fn parse_nat_pmp(kind: u8, rest: &[u8], wanted: &MappingRequest) -> Option<MappingResponse> {
+fn parse_nat_pmp(kind: u8, rest: &[u8], request: &MappingRequest) -> Option<MappingResponse> {
     match (kind & !ANSWER, rest.len()) {
         (NAT_PMP_ADDRESS, 8) => {
             Some(MappingResponse::Address(Ipv4Addr::new(rest[4], rest[5], rest[6], rest[7])))
         }
         (NAT_PMP_MAP_TCP, 12)
-            if port(&rest[4..6]) == wanted.internal_port && port(&rest[6..8]) != 0 =>
+            if port(&rest[4..6]) == request.internal_port && port(&rest[6..8]) != 0 =>
         {
             Some(MappingResponse::Mapped(MappingGrant {
                 external_ip: None,

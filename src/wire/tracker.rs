@@ -277,7 +277,7 @@ pub enum ProofCheck {
 
 impl Proof {
     /// Checks the signature, which takes about 0.1 ms of CPU time. Does not check the time.
-    pub fn check(&self, statement: &SignedText<'_>) -> ProofCheck {
+    pub fn check(&self, signed_text: &SignedText<'_>) -> ProofCheck {
         let (public_key, timestamp, signature) =
             match (&self.public_key, self.timestamp, &self.signature) {
                 (None, None, None) => return ProofCheck::Unsigned,
@@ -289,7 +289,7 @@ impl Proof {
             return ProofCheck::Wrong;
         };
         let Some(signature) = bytes(signature) else { return ProofCheck::Wrong };
-        let text = statement.text(timestamp, public_key);
+        let text = signed_text.text(timestamp, public_key);
         match UnparsedPublicKey::new(&ED25519, key).verify(text.as_bytes(), &signature) {
             Ok(()) => ProofCheck::By(key, timestamp),
             Err(_) => ProofCheck::Wrong,
@@ -361,8 +361,8 @@ impl Identity {
     }
 
     /// Signs a statement. `timestamp` is in milliseconds since 1970.
-    pub fn sign(&self, statement: &SignedText<'_>, timestamp: u64) -> Proof {
-        let signature = self.key.sign(statement.text(timestamp, &self.public).as_bytes());
+    pub fn sign(&self, signed_text: &SignedText<'_>, timestamp: u64) -> Proof {
+        let signature = self.key.sign(signed_text.text(timestamp, &self.public).as_bytes());
         Proof {
             public_key: Some(self.public.clone()),
             timestamp: Some(timestamp),
@@ -439,10 +439,10 @@ mod tests {
         );
         assert!(texts[2].contains(&format!("\nsha256: {}\n", "ab".repeat(32))));
         assert!(texts[3].contains("\ntransfer_id: 7\npeer_id: a\nrole: sender\nbytes: 9\n"));
-        for statement in &statements {
-            let proof = identity().sign(statement, 5);
+        for signed_text in &statements {
+            let proof = identity().sign(signed_text, 5);
             for other in &statements {
-                let same = statement.text(5, "") == other.text(5, "");
+                let same = signed_text.text(5, "") == other.text(5, "");
                 assert_eq!(matches!(proof.check(other), ProofCheck::By(_, 5)), same);
             }
         }
@@ -450,17 +450,17 @@ mod tests {
 
     #[test]
     fn proof_with_any_changed_field_is_wrong() {
-        let statement = |port, addr| SignedText::Announce { peer_id: "a", port, addr };
-        let proof = identity().sign(&statement(1, "x"), 5);
+        let signed_text = |port, addr| SignedText::Announce { peer_id: "a", port, addr };
+        let proof = identity().sign(&signed_text(1, "x"), 5);
         let key =
             <[u8; 32]>::try_from(BASE64.decode(identity().public().as_bytes()).unwrap()).unwrap();
-        assert_eq!(proof.check(&statement(1, "x")), ProofCheck::By(key, 5));
-        assert_eq!(proof.check(&statement(2, "x")), ProofCheck::Wrong);
-        assert_eq!(proof.check(&statement(1, "")), ProofCheck::Wrong);
+        assert_eq!(proof.check(&signed_text(1, "x")), ProofCheck::By(key, 5));
+        assert_eq!(proof.check(&signed_text(2, "x")), ProofCheck::Wrong);
+        assert_eq!(proof.check(&signed_text(1, "")), ProofCheck::Wrong);
         let with = |change: fn(&mut Proof)| {
             let mut changed = proof.clone();
             change(&mut changed);
-            changed.check(&statement(1, "x"))
+            changed.check(&signed_text(1, "x"))
         };
         assert_eq!(with(|p| p.timestamp = Some(6)), ProofCheck::Wrong);
         assert_eq!(with(|p| p.timestamp = None), ProofCheck::Wrong);
@@ -470,10 +470,10 @@ mod tests {
         assert_eq!(with(|p| p.signature = Some("?".into())), ProofCheck::Wrong);
         let other = Identity::from_seed(&[8; 32]).public().to_owned();
         assert_eq!(
-            Proof { public_key: Some(other), ..proof.clone() }.check(&statement(1, "x")),
+            Proof { public_key: Some(other), ..proof.clone() }.check(&signed_text(1, "x")),
             ProofCheck::Wrong
         );
-        assert_eq!(Proof::default().check(&statement(1, "x")), ProofCheck::Unsigned);
+        assert_eq!(Proof::default().check(&signed_text(1, "x")), ProofCheck::Unsigned);
     }
 
     /// The original's requests parse, and answers have no fields that it does not expect.
@@ -488,8 +488,8 @@ mod tests {
         assert_eq!(announce.proof, Proof::default());
         let announce = Announce { peer_id: Some("a".into()), port: Some(1), ..Announce::default() };
         assert_eq!(serde_json::to_string(&announce).unwrap(), r#"{"peer_id":"a","port":1}"#);
-        let begun = TransferInitResponse { transfer_id: 3, count: None };
-        assert_eq!(serde_json::to_string(&begun).unwrap(), r#"{"transfer_id":3}"#);
+        let response = TransferInitResponse { transfer_id: 3, count: None };
+        assert_eq!(serde_json::to_string(&response).unwrap(), r#"{"transfer_id":3}"#);
         for bad in [
             r#"{"peer_id": 1, "port": 1}"#,
             r#"{"peer_id": "a", "port": "1"}"#,
