@@ -38,7 +38,7 @@ const UNPROVEN_TTL: Duration = Duration::from_secs(3600);
 /// How long a positive answer is cached. It stays true, as NARs in a binary cache do not change.
 const PROVEN_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Most cached answers; beyond them, the oldest is dropped. They take 7 MiB.
-const MAX_ANSWERS: usize = 45_000;
+const MAX_ANSWERS: usize = 42_000;
 
 /// Longest request to the upstream cache, from name resolution to the last byte of the answer. A
 /// request that takes longer fails.
