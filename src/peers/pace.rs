@@ -205,11 +205,7 @@ struct PacesState {
 impl Paces {
     /// Load of a peer at `now`.
     pub fn load(&self, peer_key: PeerKey, now: Instant) -> PeerLoad {
-        self.state
-            .lock()
-            .peers
-            .get(&peer_key)
-            .map_or_else(|| PeerPace::default().load(now), |peer| peer.load(now))
+        self.state.lock().peers.get(&peer_key).unwrap_or(&PeerPace::default()).load(now)
     }
 
     /// Registers a request for `bytes` of a NAR. The peer counts as waited for from `now` on.

@@ -365,8 +365,8 @@ impl Stats {
 
     /// Problem with the counters' file, in one line. `None` if there is none.
     pub fn problem(&self) -> Option<String> {
-        self.earlier
-            .lock()
+        let earlier = self.earlier.lock();
+        earlier
             .as_ref()
             .and_then(|earlier| earlier.write_error.clone().or_else(|| earlier.problem.clone()))
     }
