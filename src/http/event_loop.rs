@@ -1,7 +1,6 @@
 //! The event loop, a single thread that accepts connections and waits for requests on all idle ones
 //! with epoll. It answers requests that need only memory, and hands the connection to a thread of
-//! the pool for all others. It writes no log lines, because standard error may be slow:
-//! [`ServerState::record_fault`] leaves them to the pool.
+//! the pool for all others.
 //!
 //! An idle connection thus costs no thread. Most requests are for narinfos, which take 2 µs to
 //! answer, where waking a thread takes 5 µs.

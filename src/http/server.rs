@@ -12,7 +12,6 @@ use super::handshakes::{HANDSHAKE_TIMEOUT, Handshakes};
 use super::head::{self, HeadError, ReceiveBuffer, Request};
 use super::response::{Exchange, ShortResponse};
 use super::stream::{AuthenticatedKey, ConnectionStream};
-use crate::lock::Mutex;
 use crate::log_throttle::LogThrottle;
 use crate::upload_limit::UploadLimit;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -188,7 +187,6 @@ impl Drop for Server {
             self.state.connections.end_idle();
         }
         self.state.connections.close_all();
-        self.state.log_fault();
     }
 }
 
@@ -203,8 +201,7 @@ pub(super) struct ServerState {
     /// Each [`Job`] for another machine holds a clone, so that they can be counted.
     stranger_jobs: Arc<()>,
     is_stopping: AtomicBool,
-    /// What failed last on the event loop, until a thread of the pool logs it.
-    fault: Mutex<Option<String>>,
+    /// Limits log lines about failures of the event loop.
     faults: LogThrottle,
     /// Rendezvous channel to idle threads. It holds no connections.
     job_sender: Sender<Job>,
@@ -228,7 +225,6 @@ impl ServerState {
             threads: AtomicUsize::new(0),
             stranger_jobs: Arc::new(()),
             is_stopping: AtomicBool::new(false),
-            fault: Mutex::default(),
             faults: LogThrottle::default(),
             job_sender,
             job_receiver,
@@ -271,16 +267,10 @@ impl ServerState {
         }
     }
 
-    /// Leaves a failure for a thread of the pool to log. Does not wait for the log.
+    /// Logs a failure of the event loop, at most one in 10 s.
     pub(super) fn record_fault(&self, what: &str, e: &io::Error) {
-        *self.fault.lock() = Some(format!("{what}: {e}"));
-    }
-
-    /// Logs the last failure of the event loop, at most one in 10 s.
-    fn log_fault(&self) {
-        let fault = self.fault.lock().take();
-        if let Some(fault) = fault.filter(|_| self.faults.allow(Instant::now())) {
-            log::error!("{fault}");
+        if self.faults.allow(Instant::now()) {
+            log::error!("{what}: {e}");
         }
     }
 }
@@ -323,7 +313,6 @@ fn work(state: &ServerState, first: Job) {
     }
     let mut job = Some(first);
     while let Some(Job { connection, _stranger_job }) = job {
-        state.log_fault();
         let is_kept = Cell::new(false);
         let end = guard((), |()| match is_kept.get() {
             true => state.watch(&connection),
@@ -337,7 +326,6 @@ fn work(state: &ServerState, first: Job) {
         drop((connection, _stranger_job));
         job = state.job_receiver.recv_timeout(THREAD_IDLE_TIMEOUT).ok();
     }
-    state.log_fault();
 }
 
 /// What to do with a connection after a request.

@@ -214,10 +214,10 @@ impl Friends {
     /// Adds and removes links so that they match the list.
     fn update_links(&self) {
         let friends = self.list.all();
-        let is_friend = |link: &Arc<FriendLink>| friends.contains(&link.friend);
-        let (mut links, removed): (Vec<_>, Vec<_>) =
-            self.links.lock().iter().cloned().partition(is_friend);
-        removed.iter().for_each(|link| link.remove());
+        let mut links = self.links.lock();
+        for removed in links.extract_if(.., |link| !friends.contains(&link.friend)) {
+            removed.remove();
+        }
         for friend in friends {
             if links.iter().any(|link| link.friend == friend) {
                 continue;
@@ -227,7 +227,6 @@ impl Friends {
                 Err(e) => log::error!("friend {}: {e}", friend.name),
             }
         }
-        *self.links.lock() = links;
     }
 
     fn connect(&self, friend: Arc<FriendConfig>) -> Result<Arc<FriendLink>, String> {
