@@ -10,7 +10,7 @@ use crate::lookup::{FoundNar, HolderSearch, NarSource, nar_name};
 use crate::nix::{HashPart, Malformed};
 use crate::peers::client::{LinkKind, MIN_BYTES_PER_SECOND, NarBody, PeerError, READ_TIMEOUT};
 use crate::peers::health::{Eligibility, Fault, PeerKey};
-use crate::peers::pace::{IncomingNar, PaceEstimate, PaceMeter};
+use crate::peers::pace::{IncomingNar, PaceEstimate};
 use crate::peers::picker::{self, HealthRank, HolderFacts};
 use crate::stats::TransferGuard;
 use crate::time_scale::Timeout;
@@ -138,8 +138,6 @@ struct DigestMismatch {
 struct ActiveSource<'a> {
     source: NarSource,
     body: NarBody,
-    /// At least one byte has arrived.
-    has_begun: bool,
     incoming_nar: IncomingNar<'a>,
     counted: Option<CountedTransfer<'a>>,
     began: Instant,
@@ -155,8 +153,6 @@ struct ActiveSource<'a> {
     total_wait: Duration,
     /// Time waited since the last check for a faster source.
     unchecked_wait: Duration,
-    /// Pace of this stream from its first bytes on.
-    meter: PaceMeter,
     /// Set if the peer is a relay: the holder's digests, with which its pieces are compared.
     digests: Option<PieceDigests>,
 }
@@ -209,22 +205,6 @@ pub(super) enum StreamError {
 impl StreamError {
     fn failed(fault: Fault, why: impl fmt::Display) -> Self {
         StreamError::Failed(fault, why.to_string())
-    }
-}
-
-impl ActiveSource<'_> {
-    fn start_waiting(&mut self, now: Instant) {
-        self.incoming_nar.start_waiting(now);
-        if self.has_begun {
-            self.meter.start_waiting(now);
-        }
-    }
-
-    fn stop_waiting(&mut self, now: Instant) {
-        self.incoming_nar.stop_waiting(now);
-        if self.has_begun {
-            self.meter.stop_waiting(now);
-        }
     }
 }
 
@@ -454,7 +434,7 @@ impl<'a> FailoverReader<'a> {
         };
         current.pause = began - current.last_read;
         current.read_began = began;
-        current.start_waiting(began);
+        current.incoming_nar.start_waiting(began);
         loop {
             let timeout = CHECK_INTERVAL.min(self.time_left(Instant::now()));
             let Some(current) = &mut self.current else { break };
@@ -483,11 +463,11 @@ impl<'a> FailoverReader<'a> {
                 Ok(None) => {
                     // The checks may query other peers or upstream. That time does not count as
                     // this peer's.
-                    current.stop_waiting(now);
+                    current.incoming_nar.stop_waiting(now);
                     self.check_pace(now, rest)?;
-                    self.current
-                        .iter_mut()
-                        .for_each(|current| current.start_waiting(Instant::now()));
+                    if let Some(current) = &mut self.current {
+                        current.incoming_nar.start_waiting(Instant::now());
+                    }
                 }
                 Err(e) => {
                     return Err(StreamError::failed(
@@ -505,9 +485,6 @@ impl<'a> FailoverReader<'a> {
         let Some(current) = &mut self.current else { return };
         current.last_read = now;
         current.incoming_nar.record_bytes(received, now);
-        if std::mem::replace(&mut current.has_begun, true) {
-            current.meter.record_bytes(received, now);
-        }
         current.waited += now - began;
         current.received += received;
         self.transfer.record_bytes(received);
@@ -537,7 +514,7 @@ impl<'a> FailoverReader<'a> {
         }
         current.unchecked_wait = Duration::ZERO;
         let load = current.incoming_nar.load(now);
-        let own = current.meter.pace(now);
+        let own = current.incoming_nar.own_pace(now);
         if current.digests.is_some() {
             return self.check_relay(own, now);
         }
@@ -756,7 +733,6 @@ impl<'a> FailoverReader<'a> {
                 self.current = Some(ActiveSource {
                     source,
                     body,
-                    has_begun: false,
                     incoming_nar,
                     counted,
                     began,
@@ -767,7 +743,6 @@ impl<'a> FailoverReader<'a> {
                     received: 0,
                     total_wait: Duration::ZERO,
                     unchecked_wait: Duration::ZERO,
-                    meter: PaceMeter::default(),
                     digests: holder.map(|holder| PieceDigests {
                         holder,
                         first: 0,

@@ -85,10 +85,7 @@ impl PeerError {
                 *timeout == ureq::Timeout::Connect
             }
             PeerError::Unreachable(_) | PeerError::Busy => true,
-            PeerError::NotThere
-            | PeerError::Named(_)
-            | PeerError::Status(_)
-            | PeerError::Malformed(_) => false,
+            _ => false,
         }
     }
 

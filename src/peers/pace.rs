@@ -222,7 +222,14 @@ impl Paces {
         peer.outstanding += bytes;
         peer.chosen = turn;
         peer.meter.start_waiting(now);
-        IncomingNar { paces: self, peer_key, remaining: bytes, is_waiting: true, has_begun: false }
+        IncomingNar {
+            paces: self,
+            peer_key,
+            remaining: bytes,
+            is_waiting: true,
+            has_begun: false,
+            own: PaceMeter::default(),
+        }
     }
 
     /// The peers with a known pace at `now`, in bytes per second.
@@ -251,32 +258,30 @@ pub struct IncomingNar<'a> {
     remaining: u64,
     is_waiting: bool,
     has_begun: bool,
+    /// Pace of this NAR alone, after its first bytes.
+    own: PaceMeter,
 }
 
 impl IncomingNar<'_> {
     /// Starts to wait for the peer. Does nothing if this NAR already waits.
     pub fn start_waiting(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, true) {
-            let has_begun = self.has_begun;
-            self.update(|peer| {
-                peer.meter.start_waiting(now);
-                if has_begun {
-                    peer.after_begin.start_waiting(now);
-                }
-            });
+            self.update(|peer| peer.meter.start_waiting(now));
+            if self.has_begun {
+                self.own.start_waiting(now);
+                self.update(|peer| peer.after_begin.start_waiting(now));
+            }
         }
     }
 
     /// Stops waiting for a reason that is not the peer's, so that the time does not count for it.
     pub fn stop_waiting(&mut self, now: Instant) {
         if std::mem::replace(&mut self.is_waiting, false) {
-            let has_begun = self.has_begun;
-            self.update(|peer| {
-                peer.meter.stop_waiting(now);
-                if has_begun {
-                    peer.after_begin.stop_waiting(now);
-                }
-            });
+            self.update(|peer| peer.meter.stop_waiting(now));
+            if self.has_begun {
+                self.own.stop_waiting(now);
+                self.update(|peer| peer.after_begin.stop_waiting(now));
+            }
         }
     }
 
@@ -285,9 +290,12 @@ impl IncomingNar<'_> {
         if !std::mem::replace(&mut self.is_waiting, false) {
             return;
         }
+        let has_begun = std::mem::replace(&mut self.has_begun, true);
+        if has_begun {
+            self.own.record_bytes(bytes, now);
+        }
         let bytes = bytes.min(self.remaining);
         self.remaining -= bytes;
-        let has_begun = std::mem::replace(&mut self.has_begun, true);
         self.update(|peer| {
             peer.outstanding = peer.outstanding.saturating_sub(bytes);
             peer.meter.record_bytes(bytes, now);
@@ -305,6 +313,11 @@ impl IncomingNar<'_> {
     /// Load of the peer at `now`.
     pub fn load(&self, now: Instant) -> PeerLoad {
         self.paces.load(self.peer_key, now)
+    }
+
+    /// Pace of this NAR alone at `now`, after its first bytes.
+    pub fn own_pace(&self, now: Instant) -> PaceEstimate {
+        self.own.pace(now)
     }
 
     fn update(&self, change: impl FnOnce(&mut PeerPace)) {

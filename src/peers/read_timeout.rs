@@ -14,18 +14,6 @@ thread_local! {
     static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Error of a read that reached the time limit of [`with_timeout`].
-#[derive(Debug)]
-struct ReadTimedOut;
-
-impl std::fmt::Display for ReadTimedOut {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("nothing came in time")
-    }
-}
-
-impl std::error::Error for ReadTimedOut {}
-
 /// Runs `read` with a time limit of `timeout` for all reads of connections that it makes in this
 /// thread, taken together.
 pub(super) fn with_timeout<T>(timeout: Duration, read: impl FnOnce() -> T) -> T {
@@ -35,9 +23,10 @@ pub(super) fn with_timeout<T>(timeout: Duration, read: impl FnOnce() -> T) -> T 
     result
 }
 
-/// Returns true if a read ended because of [`with_timeout`].
+/// Returns true if a read ended because of [`with_timeout`]. The connection's own timeouts have
+/// other kinds of errors, and its socket blocks.
 pub(super) fn is_read_timeout(e: &io::Error) -> bool {
-    e.get_ref().is_some_and(|inner| inner.is::<ReadTimedOut>())
+    e.kind() == io::ErrorKind::WouldBlock
 }
 
 /// Connector for connections whose reads obey [`with_timeout`].
@@ -75,7 +64,7 @@ impl<T: Transport> Transport for ReadTimeoutTransport<T> {
         let Some(left) = left.filter(|left| *left < *timeout.for_read().after) else {
             return self.0.await_input(timeout);
         };
-        let timed_out = || Err(ureq::Error::Io(io::Error::other(ReadTimedOut)));
+        let timed_out = || Err(ureq::Error::Io(io::ErrorKind::WouldBlock.into()));
         if left.is_zero() {
             return timed_out();
         }
