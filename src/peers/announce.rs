@@ -90,14 +90,15 @@ pub type PendingTransferName = Arc<OnceLock<TransferName>>;
 pub struct Trackers {
     port: u16,
     announcers: Vec<Announcer>,
+    /// Dropping the sender ends the threads.
+    running: Mutex<Option<Sender<()>>>,
+    /// Disconnected when all threads have ended.
+    ended: Receiver<()>,
 }
 
 struct Announcer {
     tracker: Arc<Tracker>,
     jobs: Sender<AnnouncerJob>,
-    /// Dropping the sender ends the thread.
-    running: Mutex<Option<Sender<()>>>,
-    ended: Receiver<()>,
 }
 
 enum AnnouncerJob {
@@ -129,11 +130,11 @@ impl Trackers {
         let trackers: Vec<_> =
             urls.into_iter().map(|url| Arc::new(Tracker::new(url, &me, Instant::now()))).collect();
         let mut announcers = Vec::new();
+        let (running, stopped) = bounded(0);
+        let (end, ended) = bounded(0);
         for tracker in &trackers {
             log::info!("tracker {}: knows this node as {}", tracker.url(), tracker.peer_id());
             let (jobs, queue) = bounded(MAX_JOBS);
-            let (running, stopped) = bounded(0);
-            let (end, ended) = bounded(0);
             let worker = AnnouncerThread::new(
                 tracker.clone(),
                 trackers.clone(),
@@ -141,23 +142,18 @@ impl Trackers {
                 publication.clone(),
                 networks.clone(),
                 queue,
-                stopped,
+                stopped.clone(),
             );
-            let on_end = on_end.clone();
+            let (on_end, end) = (on_end.clone(), end.clone());
             thread::Builder::new().name("announce".into()).spawn(move || {
                 // Dropped when this thread ends, even by a panic.
                 let _end = end;
                 defer!(on_end());
                 worker.run();
             })?;
-            announcers.push(Announcer {
-                tracker: tracker.clone(),
-                jobs,
-                running: Mutex::new(Some(running)),
-                ended,
-            });
+            announcers.push(Announcer { tracker: tracker.clone(), jobs });
         }
-        Ok(Trackers { port: me.port, announcers })
+        Ok(Trackers { port: me.port, announcers, running: Mutex::new(Some(running)), ended })
     }
 
     /// Port that this node announces.
@@ -173,17 +169,13 @@ impl Trackers {
     /// Tells the threads to sign off at their trackers and to end. Does not block. Reports that are
     /// made after this are lost.
     pub fn leave(&self) {
-        for announcer in &self.announcers {
-            drop(announcer.running.lock().take());
-        }
+        drop(self.running.lock().take());
     }
 
     /// Waits until all threads have signed off and ended. Blocks until `deadline` at most; a thread
     /// that hangs in a call is left behind.
     pub fn wait(&self, deadline: Instant) {
-        for announcer in &self.announcers {
-            let _ = announcer.ended.recv_deadline(deadline);
-        }
+        let _ = self.ended.recv_deadline(deadline);
     }
 
     /// Begins a transfer from the peer `sender_id` at the tracker with the index `tracker` in

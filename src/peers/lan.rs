@@ -284,7 +284,9 @@ impl LanSearch {
     pub fn next_offer(&mut self, with_last_resort: bool) -> Option<LanOffer> {
         loop {
             let now = Instant::now();
-            self.handle_updates(now);
+            while let Some(Ok(update)) = self.updates.as_ref().map(Receiver::try_recv) {
+                self.handle_update(update, now);
+            }
             self.in_flight.retain(|request| request.deadline.is_none_or(|deadline| now < deadline));
             let is_blocked = !self.send_requests(now, with_last_resort);
             let is_idle = self.in_flight.is_empty() && self.updates.is_none() && !is_blocked;
@@ -312,12 +314,6 @@ impl LanSearch {
                 recv(self.interrupt) -> _ => return None,
                 default(wake_up.saturating_duration_since(now)) => {}
             }
-        }
-    }
-
-    fn handle_updates(&mut self, now: Instant) {
-        while let Some(Ok(update)) = self.updates.as_ref().map(Receiver::try_recv) {
-            self.handle_update(update, now);
         }
     }
 
@@ -385,7 +381,8 @@ impl LanSearch {
                 if !self.untried.is_empty() {
                     (|search| &mut search.untried, (!self.is_open).then_some(ALTERNATE_TIMEOUT))
                 } else if !self.doubtful.is_empty() && (nobody_else || is_hedging) {
-                    let timeout = self.doubtful_timeout(&self.doubtful[0]);
+                    let latency = self.lan.health.latency(self.doubtful[0].holder.http);
+                    let timeout = (latency * 4).clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT);
                     (|search| &mut search.doubtful, Some(timeout))
                 } else if !self.last_resort.is_empty() && nobody_else && with_last_resort {
                     (|search| &mut search.last_resort, Some(DOUBTFUL_TIMEOUT))
@@ -402,11 +399,6 @@ impl LanSearch {
             self.next_hedge.get_or_insert(now + HEDGE_DELAY);
         }
         true
-    }
-
-    fn doubtful_timeout(&self, candidate: &LanHolder) -> Duration {
-        (self.lan.health.latency(candidate.holder.http) * 4)
-            .clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT)
     }
 
     fn send_request(&self, candidate: &LanHolder, began: Instant) -> bool {

@@ -89,7 +89,10 @@ impl PaceMeter {
 
     /// A stream stops waiting without having received bytes.
     pub fn stop_waiting(&mut self, now: Instant) {
-        self.count_time(now);
+        if let Some(since) = self.waiting_since {
+            self.waited += now.saturating_duration_since(since);
+            (self.waiting_since, self.last_wait) = (Some(now), Some(now));
+        }
         self.waiting = self.waiting.saturating_sub(1);
         if self.waiting == 0 {
             self.waiting_since = None;
@@ -113,14 +116,6 @@ impl PaceMeter {
             self.pace =
                 Some(self.pace.map_or(sample, |pace| pace + SAMPLE_WEIGHT * (sample - pace)));
             (self.bytes, self.waited, self.waited_before_bytes) = (0, Duration::ZERO, None);
-        }
-    }
-
-    fn count_time(&mut self, now: Instant) {
-        if let Some(since) = self.waiting_since {
-            self.waited += now.saturating_duration_since(since);
-            self.waiting_since = Some(now);
-            self.last_wait = Some(now);
         }
     }
 
