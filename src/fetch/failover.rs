@@ -824,7 +824,7 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Time left for relays and digests: until the deadline for relays or that of
-    /// [`FailoverReader::left`], whichever is earlier.
+    /// [`FailoverReader::time_left`], whichever is earlier.
     fn relay_time_left(&self, now: Instant) -> Duration {
         self.time_left(now).min(time_left(self.relay_deadline, now))
     }

@@ -67,8 +67,8 @@ impl DiscoveryClient {
     /// Starts a lookup of the path on the LAN. Does not block. The channel yields holders as they
     /// answer. It closes at a miss, or 200 ms after a hit. A miss takes
     /// [`LOOKUP_TIMEOUT`](super::LOOKUP_TIMEOUT) at most, not counting pauses of this machine. The
-    /// caller must report every holder by [`DiscoveryClient::settled`] or
-    /// [`DiscoveryClient::failed`]: until then the lookup waits for its narinfo.
+    /// caller must report every holder by [`DiscoveryClient::settle`] or
+    /// [`DiscoveryClient::report_failed`]: until then the lookup waits for its narinfo.
     pub fn look_up(&self, hash_part: HashPart) -> (LookupId, Receiver<LookupUpdate>) {
         let id = self.next_lookup.fetch_add(1, Ordering::Relaxed);
         let (updates, receiver) = bounded(LookupRequest::CAPACITY);
