@@ -29,12 +29,9 @@ pub(super) const MAX_SENDS_PER_TURN: usize = 32;
 
 /// The sockets of discovery, and what is known of the networks that they reach.
 pub(super) struct DiscoverySockets {
+    /// The first sockets of all `bound` addresses, in their order, and then the others.
     sockets: Vec<UdpSocket>,
     bound: Vec<BoundAddress>,
-    /// For each of `sockets`, two on the same address with other ports, for
-    /// [`DatagramTarget::Behind`] and [`DatagramTarget::Unproven`]. Datagrams that wait for ARP
-    /// fill the send buffer of one of these, and not that of the first socket.
-    unproven_sockets: Vec<[Option<UdpSocket>; 2]>,
     ready_sockets: Vec<usize>,
     port: u16,
     networks: Arc<Networks>,
@@ -53,10 +50,15 @@ pub(super) struct DiscoverySockets {
     dropped_datagrams: u64,
 }
 
-/// Address to which a socket is bound.
+/// Address to which sockets are bound.
 #[derive(Debug, Clone, Copy)]
 struct BoundAddress {
+    /// Address of the first socket.
     address: SocketAddr,
+    /// Indexes of its three sockets. The second and the third have other ports, for
+    /// [`DatagramTarget::Behind`] and [`DatagramTarget::Unproven`]. Datagrams that wait for ARP
+    /// fill the send buffer of one of these, and not that of the first socket.
+    sockets: [usize; 3],
     /// Whether it is an IPv6 socket that also carries IPv4, as systemd makes them by default.
     is_dual_stack: bool,
 }
@@ -68,38 +70,40 @@ impl BoundAddress {
 }
 
 impl DiscoverySockets {
-    /// Prepares `sockets`, which are bound, opens the extra ones, and joins the multicast group.
-    /// Without an extra socket its datagrams leave from the first one.
+    /// Prepares `sockets`, which are bound, opens the extra ones, and joins the multicast group. The
+    /// datagrams of an extra socket that cannot be opened leave from the first one.
     ///
     /// # Errors
     /// An option of one of `sockets` cannot be read or set.
     pub(super) fn new(
-        sockets: Vec<UdpSocket>,
+        mut sockets: Vec<UdpSocket>,
         port: u16,
         networks: Arc<Networks>,
         has_lan: bool,
     ) -> io::Result<Self> {
         let mut bound = Vec::new();
-        for socket in &sockets {
+        for (at, socket) in sockets.iter().enumerate() {
             let address = socket.local_addr()?;
             let is_dual_stack = address.is_ipv6()
                 && address.ip().is_unspecified()
                 && !socket2::SockRef::from(socket).only_v6()?;
-            bound.push(BoundAddress { address, is_dual_stack });
+            bound.push(BoundAddress { address, sockets: [at; 3], is_dual_stack });
             set_options(socket)?;
         }
-        let unproven_socket = |bound: &BoundAddress| match has_lan {
-            true => bind_extra(*bound)
-                .inspect_err(|e| log::debug!("another socket on {}: {e}", bound.address))
-                .ok(),
-            false => None,
-        };
-        let unproven_sockets =
-            bound.iter().map(|bound| [unproven_socket(bound), unproven_socket(bound)]).collect();
+        for bound in bound.iter_mut().filter(|_| has_lan) {
+            for rank in 1..3 {
+                match bind_extra(*bound) {
+                    Ok(socket) => {
+                        bound.sockets[rank] = sockets.len();
+                        sockets.push(socket);
+                    }
+                    Err(e) => log::debug!("another socket on {}: {e}", bound.address),
+                }
+            }
+        }
         let mut sockets = DiscoverySockets {
             sockets,
             bound,
-            unproven_sockets,
             ready_sockets: Vec::new(),
             port,
             watcher: NetworkWatcher::new(networks.clone(), Instant::now()),
@@ -117,17 +121,13 @@ impl DiscoverySockets {
 
     /// Number of sockets: [`DiscoverySockets::receive`] takes an index below it.
     pub(super) fn len(&self) -> usize {
-        self.sockets.len() + self.unproven_sockets.as_flattened().len()
+        self.sockets.len()
     }
 
     /// Receives a datagram from the socket with index `at`. Returns its length and source address;
     /// an IPv4-mapped IPv6 address is returned as IPv4. Does not block.
     pub(super) fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
-        let socket = match at.checked_sub(self.sockets.len()) {
-            None => Some(&self.sockets[at]),
-            Some(at) => self.unproven_sockets.as_flattened()[at].as_ref(),
-        };
-        let (len, from) = socket.ok_or(io::ErrorKind::WouldBlock)?.recv_from(buffer)?;
+        let (len, from) = self.sockets[at].recv_from(buffer)?;
         let from = match from {
             SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
                 Some(v4) => SocketAddr::from((v4, v6.port())),
@@ -144,22 +144,11 @@ impl DiscoverySockets {
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
         self.send_time_left = SEND_TIMEOUT;
         self.ready_sockets.clear();
-        let sockets = self
-            .sockets
-            .iter()
-            .map(Some)
-            .chain(self.unproven_sockets.as_flattened().iter().map(Option::as_ref));
-        let sockets: Vec<(usize, &UdpSocket)> =
-            sockets.enumerate().filter_map(|(at, socket)| Some((at, socket?))).collect();
         let mut fds: Vec<PollFd<'_>> =
-            sockets.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)).collect();
+            self.sockets.iter().map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
         fds.extend(wakers.iter().map(|waker| PollFd::new(*waker, PollFlags::IN)));
         let network_events = self.watcher.as_fd();
-        fds.extend(
-            network_events
-                .as_ref()
-                .map(|network_events| PollFd::new(network_events, PollFlags::IN)),
-        );
+        fds.extend(network_events.as_ref().map(|events| PollFd::new(events, PollFlags::IN)));
         let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
         if let Err(e) = poll(&mut fds, Some(&timeout))
             && e != rustix::io::Errno::INTR
@@ -167,11 +156,8 @@ impl DiscoverySockets {
             log::error!("poll: {e}");
             thread::sleep(Duration::from_millis(100));
         }
-        let ready = sockets
-            .iter()
-            .zip(&fds)
-            .filter(|(_, fd)| !fd.revents().is_empty())
-            .map(|((at, _), _)| *at);
+        let sockets = fds.iter().take(self.sockets.len()).enumerate();
+        let ready = sockets.filter(|(_, fd)| !fd.revents().is_empty()).map(|(at, _)| at);
         self.ready_sockets.extend(ready);
         for waker in wakers {
             let _ = rustix::io::read(waker, &mut [0u8; 8]);
@@ -264,25 +250,25 @@ impl DiscoverySockets {
     }
 
     /// Sends a datagram. `from` is 0 for the first socket, 1 and 2 for the extra ones. Waits for
-    /// room only in the send buffer of the first.
+    /// room only in the send buffer of the first one.
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, from: usize) {
         let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
+        let bound = self.bound[at];
         let mapped = match target {
-            SocketAddr::V4(v4) if self.bound[at].is_dual_stack => {
+            SocketAddr::V4(v4) if bound.is_dual_stack => {
                 (v4.ip().to_ipv6_mapped(), v4.port()).into()
             }
             _ => target,
         };
-        let unproven_socket =
-            from.checked_sub(1).and_then(|from| self.unproven_sockets[at][from].as_ref());
-        let mut sent = unproven_socket.unwrap_or(&self.sockets[at]).send_to(bytes, mapped);
+        let socket = &self.sockets[bound.sockets[from]];
+        let mut sent = socket.send_to(bytes, mapped);
         while is_full(&sent) && from == 0 && !self.send_time_left.is_zero() {
             let began = Instant::now();
             let timeout = Timespec::try_from(self.send_time_left)
                 .unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
-            let _ = poll(&mut [PollFd::new(&self.sockets[at], PollFlags::OUT)], Some(&timeout));
+            let _ = poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timeout));
             self.send_time_left = self.send_time_left.saturating_sub(began.elapsed());
-            sent = self.sockets[at].send_to(bytes, mapped);
+            sent = socket.send_to(bytes, mapped);
         }
         self.dropped_datagrams += u64::from(is_full(&sent));
         if let Err(e) = sent {
@@ -393,6 +379,7 @@ mod tests {
             let bind = |ip: &&str| BoundAddress {
                 address: SocketAddr::new(ip.parse().unwrap(), 12304),
                 is_dual_stack: *ip == "::",
+                sockets: [0; 3],
             };
             let bound: Vec<BoundAddress> = bound.iter().map(bind).collect();
             socket_for(target.parse().unwrap(), &bound, &networks)

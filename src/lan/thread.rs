@@ -45,7 +45,6 @@ const NEIGHBOURS_INTERVAL: Duration = Duration::from_secs(30);
 /// blocks until it has ended.
 pub struct DiscoveryThread {
     client: Arc<DiscoveryClient>,
-    turns: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -58,6 +57,8 @@ pub struct DiscoveryClient {
     is_woken: AtomicBool,
     next_lookup: AtomicU64,
     dropped: AtomicU64,
+    /// Number of turns of the thread's loop so far.
+    turns: AtomicU64,
     // These are no events, because a full channel must not keep the thread from ending.
     bye_requested: AtomicBool,
     stop_requested: AtomicBool,
@@ -144,10 +145,10 @@ impl DiscoveryThread {
             is_woken: AtomicBool::new(false),
             next_lookup: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
+            turns: AtomicU64::new(0),
             bye_requested: AtomicBool::new(false),
             stop_requested: AtomicBool::new(false),
         });
-        let turns = Arc::new(AtomicU64::new(0));
         let sockets =
             DiscoverySockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
         let discovery_loop = DiscoveryLoop {
@@ -158,7 +159,7 @@ impl DiscoveryThread {
             out: Vec::new(),
             buffer: [0; Packet::MAX_LEN + 1],
         };
-        let (own_client, own_turns) = (client.clone(), turns.clone());
+        let own_client = client.clone();
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
             defer! {
                 // While a sender exists, events left in the channel would keep their senders
@@ -166,9 +167,9 @@ impl DiscoveryThread {
                 events.try_iter().for_each(drop);
                 on_end();
             }
-            discovery_loop.run(&events, &own_client, &own_turns);
+            discovery_loop.run(&events, &own_client);
         })?;
-        Ok(DiscoveryThread { client, turns, thread: Some(thread) })
+        Ok(DiscoveryThread { client, thread: Some(thread) })
     }
 
     /// Makes the thread send *bye* to peers. The thread continues: open lookups still get their
@@ -187,7 +188,7 @@ impl DiscoveryThread {
     /// one. If the number does not grow, the thread hangs. Does not block.
     pub fn request_turn(&self) -> u64 {
         self.client.wake();
-        self.turns.load(Ordering::Relaxed)
+        self.client.turns.load(Ordering::Relaxed)
     }
 }
 
@@ -212,12 +213,7 @@ struct DiscoveryLoop<E> {
 }
 
 impl<E: Environment> DiscoveryLoop<E> {
-    fn run(
-        mut self,
-        events: &Receiver<Event<'static>>,
-        client: &DiscoveryClient,
-        turns: &AtomicU64,
-    ) {
+    fn run(mut self, events: &Receiver<Event<'static>>, client: &DiscoveryClient) {
         loop {
             let next_turn =
                 self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
@@ -225,7 +221,7 @@ impl<E: Environment> DiscoveryLoop<E> {
             let wakers: Vec<_> =
                 [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
             self.sockets.wait(&wakers, if self.out.is_empty() { timeout } else { Duration::ZERO });
-            turns.fetch_add(1, Ordering::Relaxed);
+            client.turns.fetch_add(1, Ordering::Relaxed);
             // Must precede the reads below: a caller of [`DiscoveryClient::wake`] queues its event
             // first and then tests this flag.
             client.is_woken.store(false, Ordering::SeqCst);
