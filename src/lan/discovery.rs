@@ -240,9 +240,11 @@ pub struct Discovery<E> {
     lookups: LanLookups,
     /// Wait budget shared by all peers through which no path was found.
     shared_budget: WaitBudget,
-    last_turn: Instant,
-    /// Real time minus lookup time.
-    paused_time: Duration,
+    /// Real time of the event.
+    now: Instant,
+    /// Lookup time of the event.
+    t: Instant,
+    out: OutgoingDatagrams,
     last_batch: Option<Instant>,
     last_looked_up: Option<HashPart>,
     median: Option<Duration>,
@@ -292,8 +294,9 @@ impl<E: Environment> Discovery<E> {
             peers: PeerTable::default(),
             lookups: LanLookups::default(),
             shared_budget: WaitBudget::full(now),
-            last_turn: now,
-            paused_time: Duration::ZERO,
+            now,
+            t: now,
+            out: Vec::new(),
             last_batch: None,
             last_looked_up: None,
             median: None,
@@ -315,28 +318,36 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// Handles one event at real time `now` and appends the datagrams to send to `out`. The caller
-    /// ends each turn of its loop with [`Event::Tick`]. Blocks only for [`Environment::query_held_paths`],
-    /// which takes 50 ms at most.
-    pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut OutgoingDatagrams) {
-        let t = self.lookup_time(now);
+    /// Handles one event at real time `now`. The caller ends each turn of its loop with
+    /// [`Event::Tick`], and then sends [`Discovery::outgoing`]. Blocks only for
+    /// [`Environment::query_held_paths`], which takes 50 ms at most.
+    pub fn handle(&mut self, event: Event<'_>, now: Instant) {
+        let turn = now.saturating_duration_since(self.now);
+        self.now += turn;
+        // While no lookup is open, long turns count in full, so that budgets recover meanwhile.
+        self.t += if self.lookups.is_empty() { turn } else { turn.min(MAX_TURN) };
         match event {
-            Event::Datagram { from, bytes } => self.handle_datagram(from, bytes, now, t, out),
-            Event::LookUp(lookup) => self.handle_lookup(lookup, now, t),
-            Event::Settled { lookup, found } => self.handle_settled(lookup, found, t),
+            Event::Datagram { from, bytes } => self.handle_datagram(from, bytes),
+            Event::LookUp(lookup) => self.handle_lookup(lookup),
+            Event::Settled { lookup, found } => self.handle_settled(lookup, found),
             Event::Failed { lookup, peer } => {
                 if self.peers.get_mut(peer).is_some_and(|peer| peer.settle(lookup)) {
                     self.lookups.record_settled(lookup, false);
-                    self.replace_holder(lookup, t);
-                    self.stop_budget_if_not_overdue(peer, t);
+                    self.replace_holder(lookup);
+                    self.stop_budget_if_not_overdue(peer);
                 }
             }
-            Event::SetNamed(addresses) => self.set_named(&addresses, t, out),
+            Event::SetNamed(addresses) => self.set_named(&addresses),
             Event::ListPeers(list) => drop(list.try_send(self.peers.list())),
-            Event::NetworkChanged => self.handle_network_change(now),
-            Event::KernelNeighbours(addresses) => self.greet(&addresses, out),
-            Event::Tick { drained } => self.handle_tick(drained, now, t, out),
+            Event::NetworkChanged => self.handle_network_change(),
+            Event::KernelNeighbours(addresses) => self.greet(&addresses),
+            Event::Tick { drained } => self.handle_tick(drained),
         }
+    }
+
+    /// The datagrams to send. The caller removes those that it has sent.
+    pub fn outgoing(&mut self) -> &mut OutgoingDatagrams {
+        &mut self.out
     }
 
     /// Returns when the caller has to run the next turn if no event comes before.
@@ -347,19 +358,19 @@ impl<E: Environment> Discovery<E> {
             self.lookups.next_end(),
             self.earliest_repeat.filter(|_| !self.lookups.is_empty()),
         ];
-        let waits = waits.into_iter().flatten().map(|t| t + self.paused_time);
+        let waits = waits.into_iter().flatten().map(|at| self.now + (at - self.t));
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
         // behind although the machine does not pause.
-        let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
+        let counted = (!self.lookups.is_empty()).then(|| self.now + MAX_TURN);
         let probe = self.earliest_probe.map(|at| at.max(self.next_probe));
         let reply = self.hello_replies.values().min().copied();
         let others = [counted, reply, probe, Some(self.next_hello)];
         waits.chain(others.into_iter().flatten()).min().unwrap_or(self.next_hello)
     }
 
-    /// Appends the *bye* packets to `out`: a broadcast, and one for each peer that `--peer` names.
-    pub fn bye(&self, out: &mut OutgoingDatagrams) {
-        self.send_to_all(Packet::Bye(self.hello()), out);
+    /// Adds the *bye* packets to [`Discovery::outgoing`]: a broadcast, and one for each peer that `--peer` names.
+    pub fn bye(&mut self) {
+        self.send_to_all(Packet::Bye(self.hello()));
     }
 
     /// UDP port of this node and of its peers.
@@ -370,16 +381,6 @@ impl<E: Environment> Discovery<E> {
     /// Whether this node uses the LAN.
     pub fn has_lan(&self) -> bool {
         self.environment.has_lan()
-    }
-
-    fn lookup_time(&mut self, now: Instant) -> Instant {
-        let turn = now.saturating_duration_since(self.last_turn);
-        self.last_turn = self.last_turn.max(now);
-        // While no lookup is open, long turns count in full, so that budgets recover meanwhile.
-        if !self.lookups.is_empty() {
-            self.paused_time += turn.saturating_sub(MAX_TURN);
-        }
-        self.last_turn.checked_sub(self.paused_time).unwrap_or(self.last_turn)
     }
 
     fn hello(&self) -> Hello {
@@ -393,10 +394,12 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn send_to_all(&self, packet: Packet, out: &mut OutgoingDatagrams) {
+    fn send_to_all(&mut self, packet: Packet) {
         if self.environment.has_lan() {
-            out.push((DatagramTarget::Everyone, packet.clone()));
-            out.extend(self.peers.named().map(|peer| (DatagramTarget::Peer(peer), packet.clone())));
+            self.out.push((DatagramTarget::Everyone, packet.clone()));
+            self.out.extend(
+                self.peers.named().map(|peer| (DatagramTarget::Peer(peer), packet.clone())),
+            );
         }
     }
 
@@ -409,18 +412,18 @@ impl<E: Environment> Discovery<E> {
 
     // Lookups.
 
-    fn handle_lookup(&mut self, request: LookupRequest, now: Instant, t: Instant) {
+    fn handle_lookup(&mut self, request: LookupRequest) {
         let LookupRequest { id, hash_part, updates } = request;
         if !self.environment.has_lan() {
             let _ = updates.try_send(LookupUpdate::Ended { asked: 0, unanswered: 0 });
             return;
         }
-        if !self.lookups.insert(id, hash_part, updates, t) {
+        if !self.lookups.insert(id, hash_part, updates, self.t) {
             return log::debug!("lookup of {hash_part}: too many under way");
         }
         self.last_looked_up = Some(hash_part);
         if let Some(lookup) = self.lookups.get_mut(id) {
-            lookup.open_until = t + self.grace_until.saturating_duration_since(now);
+            lookup.open_until = self.t + self.grace_until.saturating_duration_since(self.now);
         }
     }
 
@@ -434,27 +437,21 @@ impl<E: Environment> Discovery<E> {
             let live = u32::try_from(self.peers.live().count()).unwrap_or(u32::MAX);
             (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL)
         };
-        last.map_or(self.last_turn.checked_sub(self.paused_time), |last| Some(last + interval()))
+        Some(last.map_or(self.t, |last| last + interval()))
     }
 
-    fn send_batches(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        while self.next_batch_at().is_some_and(|at| at <= t) {
+    fn send_batches(&mut self) {
+        while self.next_batch_at().is_some_and(|at| at <= self.t) {
             let batch = self.lookups.take_unsent(MAX_BATCH);
             // Lookups that ended before they were sent leave the queue without a packet.
             if !batch.is_empty() {
-                self.last_batch = Some(t);
-                self.send_batch(&batch, now, t, out);
+                self.last_batch = Some(self.t);
+                self.send_batch(&batch);
             }
         }
     }
 
-    fn send_batch(
-        &mut self,
-        batch: &[(LookupId, HashPart)],
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn send_batch(&mut self, batch: &[(LookupId, HashPart)]) {
         let mut live: Vec<SocketAddr> = self.peers.live().collect();
         if live.len() > MAX_UNICAST {
             let usefulness = |address: &SocketAddr| {
@@ -463,44 +460,35 @@ impl<E: Environment> Discovery<E> {
             };
             live.sort_by_cached_key(usefulness);
             live.truncate(MAX_UNICAST);
-            self.broadcast_batch(batch, t, out);
+            self.broadcast_batch(batch);
         }
-        self.broadcast_singles(batch, now, t, out);
+        self.broadcast_singles(batch);
         for address in live {
             // A Python peerix does not answer if it has nothing, and so is always behind.
-            let waits =
-                |peer: &&mut LanPeer| peer.is_held_back(t) && peer.dialect() != Dialect::HaveOnly;
+            let waits = |peer: &&mut LanPeer| {
+                peer.is_held_back(self.t) && peer.dialect() != Dialect::HaveOnly
+            };
             match self.peers.get_mut(address).filter(waits) {
                 Some(peer) => {
                     let lookups: Vec<LookupId> = batch.iter().map(|(id, _)| *id).collect();
-                    let added = peer.record_held_back(&lookups, t);
-                    self.record_asked(&added, address, t);
+                    let added = peer.record_held_back(&lookups, self.t);
+                    self.record_asked(&added, address);
                 }
-                None => self.send_query(address, batch, t, out),
+                None => self.send_query(address, batch),
             }
         }
         batch.iter().for_each(|(id, _)| self.lookups.update_next_end(*id));
     }
 
     /// Broadcasts `batch` as one *query many*. Only holders answer it.
-    fn broadcast_batch(
-        &mut self,
-        batch: &[(LookupId, HashPart)],
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn broadcast_batch(&mut self, batch: &[(LookupId, HashPart)]) {
         let id = (self.random)();
         let hash_parts = HashParts::pack(batch.iter().map(|(_, hash_part)| hash_part));
-        out.push((
+        self.out.push((
             DatagramTarget::Everyone,
             Packet::QueryMany { id, hash_parts, holders_only: true },
         ));
-        self.record_broadcast(
-            id,
-            batch.iter().map(|(id, _)| *id).collect(),
-            BROADCAST_BATCH_WAIT,
-            t,
-        );
+        self.record_broadcast(id, batch.iter().map(|(id, _)| *id).collect(), BROADCAST_BATCH_WAIT);
     }
 
     /// Broadcasts single queries for nodes that understand no batches or are not known. This
@@ -510,52 +498,40 @@ impl<E: Environment> Discovery<E> {
     ///
     /// If no peer is live, the broadcast is the only packet of the lookup, and is always sent: a
     /// late answer makes its sender known.
-    fn broadcast_singles(
-        &mut self,
-        batch: &[(LookupId, HashPart)],
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
-        if now >= self.next_broadcast {
-            self.broadcast_until = now + self.settings.timeout;
-            self.next_broadcast = now + BROADCAST_INTERVAL;
+    fn broadcast_singles(&mut self, batch: &[(LookupId, HashPart)]) {
+        if self.now >= self.next_broadcast {
+            self.broadcast_until = self.now + self.settings.timeout;
+            self.next_broadcast = self.now + BROADCAST_INTERVAL;
         }
-        let is_waited = now < self.broadcast_until || self.peers.has_python_peer(now);
+        let is_waited = self.now < self.broadcast_until || self.peers.has_python_peer(self.now);
         if !is_waited && self.peers.live().next().is_some() {
             return;
         }
         let wait = if is_waited { self.settings.timeout } else { Duration::ZERO };
         for (lookup, hash_part) in batch {
             let id = (self.random)();
-            out.push((DatagramTarget::Everyone, Packet::Query { id, hash_part: *hash_part }));
-            self.record_broadcast(id, Arc::new([*lookup]), wait, t);
+            self.out.push((DatagramTarget::Everyone, Packet::Query { id, hash_part: *hash_part }));
+            self.record_broadcast(id, Arc::new([*lookup]), wait);
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
                 lookup.broadcast = Some(id);
             }
         }
     }
 
-    fn record_broadcast(&mut self, id: u32, lookups: Arc<[LookupId]>, wait: Duration, t: Instant) {
+    fn record_broadcast(&mut self, id: u32, lookups: Arc<[LookupId]>, wait: Duration) {
         for lookup in lookups.iter() {
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
-                lookup.open_until = lookup.open_until.max(t + wait);
+                lookup.open_until = lookup.open_until.max(self.t + wait);
             }
         }
-        self.broadcasts.insert(id, SentBatch { id, sent: t, lookups });
+        self.broadcasts.insert(id, SentBatch { id, sent: self.t, lookups });
     }
 
     /// Sends `batch` to one peer in packets that it understands, and records that it owes answers.
-    fn send_query(
-        &mut self,
-        address: SocketAddr,
-        batch: &[(LookupId, HashPart)],
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn send_query(&mut self, address: SocketAddr, batch: &[(LookupId, HashPart)]) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         let to = match peer.is_proven() {
-            true if !peer.is_behind(t) => DatagramTarget::Peer(address),
+            true if !peer.is_behind(self.t) => DatagramTarget::Peer(address),
             true if peer.found > 0 => DatagramTarget::Behind(address),
             _ => DatagramTarget::Unproven(address),
         };
@@ -565,11 +541,11 @@ impl<E: Environment> Discovery<E> {
                 for batch in batch.chunks(MAX_BATCH) {
                     let id = (self.random)();
                     let hash_parts = HashParts::pack(batch.iter().map(|(_, hash_part)| hash_part));
-                    out.push((to, Packet::QueryMany { id, hash_parts, holders_only: false }));
+                    self.out.push((to, Packet::QueryMany { id, hash_parts, holders_only: false }));
                     added.extend(peer.record_sent(
                         id,
                         batch.iter().map(|(id, _)| *id).collect(),
-                        t,
+                        self.t,
                     ));
                 }
             }
@@ -582,99 +558,86 @@ impl<E: Environment> Discovery<E> {
                         Some(id) => id,
                         None => {
                             let id = (self.random)();
-                            out.push((to, Packet::Query { id, hash_part: *hash_part }));
+                            self.out.push((to, Packet::Query { id, hash_part: *hash_part }));
                             id
                         }
                     };
-                    added.extend(peer.record_sent(id, Arc::new([*lookup]), t));
+                    added.extend(peer.record_sent(id, Arc::new([*lookup]), self.t));
                 }
             }
         }
-        self.record_asked(&added, address, t);
+        self.record_asked(&added, address);
     }
 
     /// Records in `lookups` that the peer owes them an answer.
-    fn record_asked(&mut self, lookups: &[LookupId], address: SocketAddr, t: Instant) {
+    fn record_asked(&mut self, lookups: &[LookupId], address: SocketAddr) {
         for lookup in lookups {
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
                 lookup.record_asked();
             }
         }
         self.plan(address);
-        self.expect_judgement(address, t);
+        self.expect_judgement(address);
     }
 
     /// Moves the next judgement forward to when an answer owed from `t` on becomes overdue.
-    fn expect_judgement(&mut self, address: SocketAddr, t: Instant) {
-        let median = self.median_usual(t);
-        let at = self.peers.get(address).map(|peer| t + peer.due_after(median));
+    fn expect_judgement(&mut self, address: SocketAddr) {
+        let median = self.median_usual();
+        let at = self.peers.get(address).map(|peer| self.t + peer.due_after(median));
         self.next_overdue_check = self.next_overdue_check.into_iter().chain(at).min();
     }
 
     /// Asks a peer that has just become live for all lookups that were sent to other peers already.
-    fn ask_open(&mut self, address: SocketAddr, t: Instant, out: &mut OutgoingDatagrams) {
+    fn ask_open(&mut self, address: SocketAddr) {
         let sent = self.lookups.sent();
         if !sent.is_empty() {
             let batch = self.lookups.hash_parts(&sent);
-            self.send_query(address, &batch, t, out);
+            self.send_query(address, &batch);
         }
     }
 
-    fn ask_again(
-        &mut self,
-        address: SocketAddr,
-        lookups: &[LookupId],
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn ask_again(&mut self, address: SocketAddr, lookups: &[LookupId]) {
         let batch = self.lookups.hash_parts(lookups);
         if !batch.is_empty() {
-            self.send_query(address, &batch, t, out);
+            self.send_query(address, &batch);
         }
     }
 
-    fn handle_settled(&mut self, lookup: LookupId, found: Option<SocketAddr>, t: Instant) {
+    fn handle_settled(&mut self, lookup: LookupId, found: Option<SocketAddr>) {
         let hash_part = self.lookups.get_mut(lookup).map(|lookup| lookup.hash_part);
         if let Some(peer) = found.and_then(|address| self.peers.get_mut(address)) {
             peer.found = peer.found.saturating_add(1);
             peer.last_found = hash_part.or(peer.last_found);
             match &mut peer.budget {
-                Some(budget) => budget.reward(t),
+                Some(budget) => budget.reward(self.t),
                 None => {
                     // The peer takes its overdue answers from the shared budget to one of its own.
-                    let mut budget = WaitBudget::full(t);
+                    let mut budget = WaitBudget::full(self.t);
                     if peer.is_overdue {
-                        self.shared_budget.stop(t);
-                        budget.start(t);
+                        self.shared_budget.stop(self.t);
+                        budget.start(self.t);
                     }
                     peer.budget = Some(budget);
                 }
             }
         }
-        self.lookups.settle(lookup, t);
-        self.release(lookup, t);
+        self.lookups.settle(lookup, self.t);
+        self.release(lookup);
     }
 
     /// Clears what peers owe the lookup.
-    fn release(&mut self, lookup: LookupId, t: Instant) {
+    fn release(&mut self, lookup: LookupId) {
         let owing = self
             .peers
             .iter_mut()
             .filter_map(|(address, peer)| peer.settle(lookup).then_some(address));
         let owing: Vec<SocketAddr> = owing.collect();
-        owing.into_iter().for_each(|address| self.stop_budget_if_not_overdue(address, t));
+        owing.into_iter().for_each(|address| self.stop_budget_if_not_overdue(address));
     }
 
     // Answers.
 
-    fn handle_datagram(
-        &mut self,
-        from: SocketAddr,
-        bytes: &[u8],
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn handle_datagram(&mut self, from: SocketAddr, bytes: &[u8]) {
         let packet = match Packet::parse(bytes) {
             Ok(packet) => packet,
             Err(e) => return log::debug!("peer {from}: {e}"),
@@ -685,9 +648,9 @@ impl<E: Environment> Discovery<E> {
         }
         let is_peer = self.may_be_peer(from);
         match packet {
-            Packet::Query { id, hash_part } => self.handle_query(from, id, hash_part, now, t, out),
+            Packet::Query { id, hash_part } => self.handle_query(from, id, hash_part),
             Packet::QueryMany { id, hash_parts, holders_only } => {
-                self.handle_query_many(from, id, &hash_parts, holders_only, now, t, out);
+                self.handle_query_many(from, id, &hash_parts, holders_only);
             }
             _ if !is_peer => {}
             Packet::Have { id, port, url_path } => {
@@ -695,64 +658,47 @@ impl<E: Environment> Discovery<E> {
                 // interface.
                 let mut http = from;
                 http.set_port(port);
-                self.handle_answer(
-                    from,
-                    id,
-                    &QueryAnswer::Have(Holder { http, url_path }),
-                    now,
-                    t,
-                    out,
-                );
+                self.handle_answer(from, id, &QueryAnswer::Have(Holder { http, url_path }));
             }
-            Packet::HaveNot { id } => {
-                self.handle_answer(from, id, &QueryAnswer::HaveNot, now, t, out)
-            }
+            Packet::HaveNot { id } => self.handle_answer(from, id, &QueryAnswer::HaveNot),
             Packet::AnswerMany { id, held } => {
-                self.handle_answer(from, id, &QueryAnswer::Many(held), now, t, out)
+                self.handle_answer(from, id, &QueryAnswer::Many(held))
             }
-            Packet::Hello(hello) => self.handle_hello(from, hello, now, t, out),
-            Packet::Bye(bye) => self.handle_bye(from, bye, now, t, out),
+            Packet::Hello(hello) => self.handle_hello(from, hello),
+            Packet::Bye(bye) => self.handle_bye(from, bye),
         }
     }
 
     /// Handles an answer to the query with request ID `id`.
-    fn handle_answer(
-        &mut self,
-        from: SocketAddr,
-        id: u32,
-        answer: &QueryAnswer,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn handle_answer(&mut self, from: SocketAddr, id: u32, answer: &QueryAnswer) {
         let is_answer = |batch: &SentBatch| batch.id == id && answer.fits(batch.lookups.len());
         let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(is_answer));
         let is_broadcast = asked.is_none();
         let broadcast = || self.broadcasts.get(&id).filter(|batch| is_answer(batch)).cloned();
         let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return };
-        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else {
+        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, self.now) else {
             return;
         };
         let is_unknown = is_first && peer.hello.is_none();
-        let became_live = peer.record_answer(sent, t) || is_first;
-        let overtaken = peer.overtaken(sent, t, MAX_BATCH);
+        let became_live = peer.record_answer(sent, self.t) || is_first;
+        let overtaken = peer.overtaken(sent, self.t, MAX_BATCH);
         for (at, lookup) in lookups.iter().enumerate() {
             let Some(hash_part) = self.lookups.hash_part(*lookup) else { continue };
             match answer.holder(at, hash_part, from) {
-                Some(holder) => self.handle_have(from, *lookup, holder, t),
+                Some(holder) => self.handle_have(from, *lookup, holder),
                 None if is_broadcast => {}
                 None => self.record_have_not(from, *lookup),
             }
         }
-        self.stop_budget_if_not_overdue(from, t);
+        self.stop_budget_if_not_overdue(from);
         if is_unknown {
-            self.reply_to_hello(from, now);
+            self.reply_to_hello(from);
         }
         self.plan(from);
         if became_live {
-            self.ask_open(from, t, out);
+            self.ask_open(from);
         } else {
-            self.ask_again(from, &overtaken, t, out);
+            self.ask_again(from, &overtaken);
         }
     }
 
@@ -763,7 +709,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn handle_have(&mut self, from: SocketAddr, lookup: LookupId, holder: Holder, t: Instant) {
+    fn handle_have(&mut self, from: SocketAddr, lookup: LookupId, holder: Holder) {
         let Some(peer) = self.peers.get_mut(from) else { return };
         if peer.owes_narinfo(lookup) {
             return;
@@ -771,82 +717,70 @@ impl<E: Environment> Discovery<E> {
         if self.lookups.add_holder(lookup, from, holder) != HolderPlace::Now {
             return self.record_have_not(from, lookup);
         }
-        let was_asked = peer.owe_narinfo(lookup, t);
+        let was_asked = peer.owe_narinfo(lookup, self.t);
         self.lookups.record_holder(lookup, was_asked);
-        self.expect_judgement(from, t);
+        self.expect_judgement(from);
     }
 
     /// Passes on the next holder in place of one that failed. A live one owes the narinfo from then
     /// on.
-    fn replace_holder(&mut self, lookup: LookupId, t: Instant) {
+    fn replace_holder(&mut self, lookup: LookupId) {
         while let Some(address) = self.lookups.replace_holder(lookup) {
             if let Some(peer) = self.peers.get_mut(address).filter(|peer| peer.is_live()) {
-                let was_asked = peer.owe_narinfo(lookup, t);
+                let was_asked = peer.owe_narinfo(lookup, self.t);
                 self.lookups.record_holder(lookup, was_asked);
-                return self.expect_judgement(address, t);
+                return self.expect_judgement(address);
             }
         }
     }
 
     // Queries of peers.
 
-    fn handle_query(
-        &mut self,
-        from: SocketAddr,
-        id: u32,
-        hash_part: HashPart,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn handle_query(&mut self, from: SocketAddr, id: u32, hash_part: HashPart) {
         if !self.environment.is_answered(from) {
             return;
         }
-        self.record_query(from, now, t, out);
+        self.record_query(from);
         let Some(held) = self.environment.query_held_paths(&[hash_part], from) else { return };
         if held.contains(&true) {
-            out.push((
+            self.out.push((
                 DatagramTarget::Peer(from),
                 Packet::Have { id, port: self.settings.http_port, url_path: url_path(hash_part) },
             ));
         } else if self.speaks_batches(from) {
             // The peer sends single queries only by broadcast and waits for holders only. Or it has
             // missed this node's hello and needs another one.
-            self.remind_of_hello(from, now);
+            self.remind_of_hello(from);
         } else {
-            out.push((DatagramTarget::Peer(from), Packet::HaveNot { id }));
+            self.out.push((DatagramTarget::Peer(from), Packet::HaveNot { id }));
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn handle_query_many(
         &mut self,
         from: SocketAddr,
         id: u32,
         hash_parts: &HashParts,
         holders_only: bool,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
     ) {
         if !self.environment.is_answered(from) {
             return;
         }
-        self.record_query(from, now, t, out);
+        self.record_query(from);
         let hash_parts: Vec<HashPart> = hash_parts.iter().collect();
         let Some(held) = self.environment.query_held_paths(&hash_parts, from) else { return };
         let held = AnswerBits::pack(held);
         if held.any() || !holders_only {
-            out.push((DatagramTarget::Peer(from), Packet::AnswerMany { id, held }));
+            self.out.push((DatagramTarget::Peer(from), Packet::AnswerMany { id, held }));
         }
     }
 
     /// Schedules another hello to a peer, at most once in [`REMINDER_INTERVAL`].
-    fn remind_of_hello(&mut self, address: SocketAddr, now: Instant) {
+    fn remind_of_hello(&mut self, address: SocketAddr) {
         let Some(peer) = self.peers.get_mut(address) else { return };
-        if peer.last_reminder.is_none_or(|last| last + REMINDER_INTERVAL <= now) {
-            peer.last_reminder = Some(now);
-            self.reply_to_hello(address, now);
+        if peer.last_reminder.is_none_or(|last| last + REMINDER_INTERVAL <= self.now) {
+            peer.last_reminder = Some(self.now);
+            self.reply_to_hello(address);
         }
     }
 
@@ -856,37 +790,24 @@ impl<E: Environment> Discovery<E> {
 
     /// Records a query from `from`. If that may be a peer and is new, this node replies with a
     /// hello and sends it the open lookups.
-    fn record_query(
-        &mut self,
-        from: SocketAddr,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn record_query(&mut self, from: SocketAddr) {
         if !self.may_be_peer(from) {
             return;
         }
-        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Query, now) else {
+        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Query, self.now) else {
             return;
         };
-        peer.advance_probe(now);
+        peer.advance_probe(self.now);
         self.plan(from);
         if is_first {
-            self.reply_to_hello(from, now);
-            self.ask_open(from, t, out);
+            self.reply_to_hello(from);
+            self.ask_open(from);
         }
     }
 
     // Hello, bye and probes.
 
-    fn handle_hello(
-        &mut self,
-        from: SocketAddr,
-        hello: Hello,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn handle_hello(&mut self, from: SocketAddr, hello: Hello) {
         if hello.instance == self.instance {
             return;
         }
@@ -895,8 +816,10 @@ impl<E: Environment> Discovery<E> {
         }
         let met_by =
             if self.greeted.get(&from).is_some() { MetBy::NeighbourTable } else { MetBy::Hello };
-        let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
-        if !peer.record_hello(hello, now) {
+        let Some((peer, is_first)) = self.peers.record_heard(from, met_by, self.now) else {
+            return;
+        };
+        if !peer.record_hello(hello, self.now) {
             return self.plan(from);
         }
         let is_live = peer.is_live();
@@ -905,35 +828,28 @@ impl<E: Environment> Discovery<E> {
         self.plan(from);
         // A new instance does not know this node, and may have lost the queries to the one before
         // it.
-        self.reply_to_hello(from, now);
+        self.reply_to_hello(from);
         if is_first {
-            self.ask_open(from, t, out);
+            self.ask_open(from);
         } else if is_live {
-            self.ask_again(from, &unanswered, t, out);
+            self.ask_again(from, &unanswered);
         }
         if self.peers.get(from).is_some_and(|peer| peer.oldest_owed().is_none()) {
-            self.probe(from, now, t, out);
+            self.probe(from);
         }
     }
 
-    fn reply_to_hello(&mut self, to: SocketAddr, now: Instant) {
-        self.recent_replies.retain(|at| *at + HELLO_REPLY_WINDOW > now);
+    fn reply_to_hello(&mut self, to: SocketAddr) {
+        self.recent_replies.retain(|at| *at + HELLO_REPLY_WINDOW > self.now);
         if self.recent_replies.len() < MAX_HELLO_REPLIES && self.environment.has_lan() {
             let spread =
                 HELLO_REPLY_SPREAD.mul_f64(f64::from((self.random)()) / f64::from(u32::MAX));
-            self.recent_replies.push(now + spread);
-            self.hello_replies.entry(to).or_insert(now + spread);
+            self.recent_replies.push(self.now + spread);
+            self.hello_replies.entry(to).or_insert(self.now + spread);
         }
     }
 
-    fn handle_bye(
-        &mut self,
-        from: SocketAddr,
-        bye: Hello,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
+    fn handle_bye(&mut self, from: SocketAddr, bye: Hello) {
         let Some(peer) = self.peers.get(from).filter(|peer| peer.is_live()) else { return };
         if peer.hello.is_some_and(|hello| hello.instance != bye.instance) {
             return;
@@ -942,34 +858,34 @@ impl<E: Environment> Discovery<E> {
         // Anybody can forge a bye. So the peer stays live and is probed: the bye only limits how
         // long this node waits for an answer.
         if let Some(peer) = self.peers.get_mut(from) {
-            peer.record_bye(now);
+            peer.record_bye(self.now);
         }
         self.plan(from);
-        self.probe(from, now, t, out);
-        self.next_overdue_check = Some(t);
+        self.probe(from);
+        self.next_overdue_check = Some(self.t);
     }
 
-    fn set_named(&mut self, addresses: &[SocketAddr], t: Instant, out: &mut OutgoingDatagrams) {
+    fn set_named(&mut self, addresses: &[SocketAddr]) {
         for address in self.peers.set_named(addresses) {
             if self.environment.has_lan() {
-                out.push((DatagramTarget::Peer(address), Packet::Hello(self.hello())));
-                self.ask_open(address, t, out);
+                self.out.push((DatagramTarget::Peer(address), Packet::Hello(self.hello())));
+                self.ask_open(address);
             }
         }
     }
 
-    fn handle_network_change(&mut self, now: Instant) {
-        (self.next_hello, self.hello_interval) = (now, FIRST_HELLO_INTERVAL);
-        self.grace_until = now + HELLO_GRACE.get();
-        self.next_broadcast = now;
-        self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(now));
-        self.earliest_probe = Some(now);
+    fn handle_network_change(&mut self) {
+        (self.next_hello, self.hello_interval) = (self.now, FIRST_HELLO_INTERVAL);
+        self.grace_until = self.now + HELLO_GRACE.get();
+        self.next_broadcast = self.now;
+        self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(self.now));
+        self.earliest_probe = Some(self.now);
         self.greeted.clear();
     }
 
     /// Sends hello to LAN addresses of the kernel's neighbour tables that are no peers. Broadcasts
     /// may not reach these hosts.
-    fn greet(&mut self, addresses: &[SocketAddr], out: &mut OutgoingDatagrams) {
+    fn greet(&mut self, addresses: &[SocketAddr]) {
         let mut greetings = 0;
         for address in addresses {
             let is_met = self.peers.get(*address).is_some() || self.greeted.get(address).is_some();
@@ -978,7 +894,7 @@ impl<E: Environment> Discovery<E> {
                 && !self.environment.is_own(address.ip());
             if is_wanted && greetings < MAX_GREETINGS {
                 self.greeted.insert(*address, ());
-                out.push((DatagramTarget::Peer(*address), Packet::Hello(self.hello())));
+                self.out.push((DatagramTarget::Peer(*address), Packet::Hello(self.hello())));
                 greetings += 1;
             }
         }
@@ -986,18 +902,12 @@ impl<E: Environment> Discovery<E> {
 
     /// Sends a probe to a peer, unless one left to any peer within [`PROBE_INTERVAL`]. Returns
     /// whether a probe was sent.
-    fn probe(
-        &mut self,
-        address: SocketAddr,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) -> bool {
-        if now < self.next_probe || !self.environment.has_lan() {
+    fn probe(&mut self, address: SocketAddr) -> bool {
+        if self.now < self.next_probe || !self.environment.has_lan() {
             return false;
         }
         let Some(peer) = self.peers.get_mut(address) else { return false };
-        peer.record_probe(now, t);
+        peer.record_probe(self.now, self.t);
         let id = (self.random)();
         let packet = match peer.dialect() {
             Dialect::Batches => {
@@ -1016,108 +926,102 @@ impl<E: Environment> Discovery<E> {
                 }
             }
         };
-        peer.record_sent(id, Arc::new([]), t);
+        peer.record_sent(id, Arc::new([]), self.t);
         self.plan(address);
-        self.next_probe = now + PROBE_INTERVAL;
-        out.push((DatagramTarget::Unproven(address), packet));
+        self.next_probe = self.now + PROBE_INTERVAL;
+        self.out.push((DatagramTarget::Unproven(address), packet));
         true
     }
 
     // The end of a turn.
 
-    fn handle_tick(
-        &mut self,
-        drained: bool,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
-        self.say_hello(now, t, out);
-        self.send_batches(now, t, out);
-        self.send_repeats(t, out);
+    fn handle_tick(&mut self, drained: bool) {
+        self.say_hello();
+        self.send_batches();
+        self.send_repeats();
         if drained {
-            self.check_overdue(now, t, out);
+            self.check_overdue();
         }
-        for lookup in self.lookups.end_due(t) {
-            self.release(lookup, t);
+        for lookup in self.lookups.end_due(self.t) {
+            self.release(lookup);
         }
-        self.send_probes(now, t, out);
+        self.send_probes();
     }
 
-    fn say_hello(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        if now >= self.next_hello {
-            self.next_hello = now + self.hello_interval;
+    fn say_hello(&mut self) {
+        if self.now >= self.next_hello {
+            self.next_hello = self.now + self.hello_interval;
             self.hello_interval = HELLO_INTERVAL.min(self.hello_interval * 2);
-            self.send_to_all(Packet::Hello(self.hello()), out);
-            for address in self.peers.forget_old(now) {
-                self.mark_silent(address, now, t);
+            self.send_to_all(Packet::Hello(self.hello()));
+            for address in self.peers.forget_old(self.now) {
+                self.mark_silent(address);
             }
-            if now >= self.next_greeting_reset {
-                self.next_greeting_reset = now + GREETING_RESET_INTERVAL;
+            if self.now >= self.next_greeting_reset {
+                self.next_greeting_reset = self.now + GREETING_RESET_INTERVAL;
                 self.greeted.clear();
             }
         }
         let hello = self.hello();
         self.hello_replies.retain(|to, at| {
-            if *at <= now {
-                out.push((DatagramTarget::Peer(*to), Packet::Hello(hello)));
+            if *at <= self.now {
+                self.out.push((DatagramTarget::Peer(*to), Packet::Hello(hello)));
             }
-            *at > now
+            *at > self.now
         });
     }
 
-    fn send_repeats(&mut self, t: Instant, out: &mut OutgoingDatagrams) {
-        if self.earliest_repeat.is_none_or(|at| at > t) {
+    fn send_repeats(&mut self) {
+        if self.earliest_repeat.is_none_or(|at| at > self.t) {
             return;
         }
-        let is_due = |peer: &LanPeer| peer.repeat_at().is_some_and(|at| at <= t);
+        let is_due = |peer: &LanPeer| peer.repeat_at().is_some_and(|at| at <= self.t);
         let due = self.peers.iter_mut().filter(|(_, peer)| is_due(peer));
         let repeats: Vec<_> =
-            due.map(|(address, peer)| (address, peer.due_repeats(t, MAX_BATCH))).collect();
+            due.map(|(address, peer)| (address, peer.due_repeats(self.t, MAX_BATCH))).collect();
         self.earliest_repeat = self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min();
         for (address, lookups) in repeats {
-            self.ask_again(address, &lookups, t, out);
+            self.ask_again(address, &lookups);
         }
     }
 
-    fn median_usual(&mut self, t: Instant) -> Option<Duration> {
-        if self.median_until.is_none_or(|until| until <= t) {
+    fn median_usual(&mut self) -> Option<Duration> {
+        if self.median_until.is_none_or(|until| until <= self.t) {
             self.median = self.peers.median_usual();
-            self.median_until = Some(t + MEDIAN_AGE);
+            self.median_until = Some(self.t + MEDIAN_AGE);
         }
         self.median
     }
 
     /// Starts and stops wait budgets as answers become overdue or come, and gives up the peers
     /// whose budget is used up.
-    fn check_overdue(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        if self.next_overdue_check.is_none_or(|at| at > t) {
+    fn check_overdue(&mut self) {
+        if self.next_overdue_check.is_none_or(|at| at > self.t) {
             return;
         }
-        let median = self.median_usual(t);
+        let median = self.median_usual();
         let mut given_up = Vec::new();
         for (address, peer) in self.peers.iter_mut() {
             let is_overdue =
-                peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
+                peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= self.t);
             let budget = peer.budget.as_mut().unwrap_or(&mut self.shared_budget);
             if is_overdue != std::mem::replace(&mut peer.is_overdue, is_overdue) {
-                if is_overdue { budget.start(t) } else { budget.stop(t) }
+                if is_overdue { budget.start(self.t) } else { budget.stop(self.t) }
             }
-            let is_used_up = is_overdue && budget.update(t).is_zero();
-            if is_used_up || peer.has_left(t) {
+            let is_used_up = is_overdue && budget.update(self.t).is_zero();
+            if is_used_up || peer.has_left(self.t) {
                 given_up.push(address);
             }
         }
         // If the shared budget is used up already, a peer is given up in the turn in which it
         // becomes overdue.
         for address in given_up {
-            self.give_up(address, now, t, out);
+            self.give_up(address);
         }
-        self.plan_judgement(t);
+        self.plan_judgement();
     }
 
-    fn plan_judgement(&mut self, t: Instant) {
-        let median = self.median_usual(t);
+    fn plan_judgement(&mut self) {
+        let median = self.median_usual();
         let mut next = self.shared_budget.used_up_at();
         for (_, peer) in self.peers.iter() {
             let overdue = peer
@@ -1130,26 +1034,20 @@ impl<E: Environment> Discovery<E> {
         self.next_overdue_check = next;
     }
 
-    fn give_up(
-        &mut self,
-        address: SocketAddr,
-        now: Instant,
-        t: Instant,
-        out: &mut OutgoingDatagrams,
-    ) {
-        let median = self.median_usual(t);
+    fn give_up(&mut self, address: SocketAddr) {
+        let median = self.median_usual();
         let Some(peer) = self.peers.get_mut(address) else { return };
         let due = peer.due_after(median);
-        let until = t.checked_sub(due).unwrap_or(t);
+        let until = self.t.checked_sub(due).unwrap_or(self.t);
         let oldest = peer.oldest_owed();
         let is_unanswered = oldest.is_none_or(|since| peer.is_unanswered_since(since));
         let is_silent = match peer.dialect() {
-            Dialect::HaveOnly => is_unanswered && peer.is_verified_silent(t, due),
+            Dialect::HaveOnly => is_unanswered && peer.is_verified_silent(self.t, due),
             _ => is_unanswered,
         };
-        if peer.has_left(t) || is_silent {
+        if peer.has_left(self.t) || is_silent {
             log::debug!("peer {address}: silent");
-            return self.mark_silent(address, now, t);
+            return self.mark_silent(address);
         }
         let owed = peer.owed_since(until);
         let narinfos: Vec<LookupId> =
@@ -1161,56 +1059,56 @@ impl<E: Environment> Discovery<E> {
         if peer.dialect() == Dialect::HaveOnly
             && is_unanswered
             && let Some(hash_part) = peer.last_found
-            && peer.begin_verification(t)
+            && peer.begin_verification(self.t)
         {
             let id = (self.random)();
-            peer.record_sent(id, Arc::new([]), t);
-            out.push((DatagramTarget::Peer(address), Packet::Query { id, hash_part }));
+            peer.record_sent(id, Arc::new([]), self.t);
+            self.out.push((DatagramTarget::Peer(address), Packet::Query { id, hash_part }));
             self.plan(address);
         }
-        narinfos.into_iter().for_each(|lookup| self.replace_holder(lookup, t));
-        self.stop_budget_if_not_overdue(address, t);
+        narinfos.into_iter().for_each(|lookup| self.replace_holder(lookup));
+        self.stop_budget_if_not_overdue(address);
     }
 
     /// Makes the peer silent: it gets no queries until it answers a probe.
-    fn mark_silent(&mut self, address: SocketAddr, now: Instant, t: Instant) {
+    fn mark_silent(&mut self, address: SocketAddr) {
         let Some(peer) = self.peers.get_mut(address) else { return };
-        let owed = peer.silence(now);
+        let owed = peer.silence(self.now);
         self.plan(address);
         for (lookup, is_narinfo) in owed {
             self.lookups.record_settled(lookup, false);
             if is_narinfo {
-                self.replace_holder(lookup, t);
+                self.replace_holder(lookup);
             }
         }
-        self.stop_budget_if_not_overdue(address, t);
+        self.stop_budget_if_not_overdue(address);
     }
 
     /// Stops the peer's wait budget if it owes less than before and is no longer overdue.
-    fn stop_budget_if_not_overdue(&mut self, address: SocketAddr, t: Instant) {
+    fn stop_budget_if_not_overdue(&mut self, address: SocketAddr) {
         if !self.peers.get(address).is_some_and(|peer| peer.is_overdue) {
             return;
         }
-        let median = self.median_usual(t);
+        let median = self.median_usual();
         let Some(peer) = self.peers.get_mut(address) else { return };
         let is_overdue =
-            peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
+            peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= self.t);
         if !is_overdue && std::mem::replace(&mut peer.is_overdue, false) {
-            peer.budget.as_mut().unwrap_or(&mut self.shared_budget).stop(t);
+            peer.budget.as_mut().unwrap_or(&mut self.shared_budget).stop(self.t);
         }
     }
 
-    fn send_probes(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        if self.earliest_probe.is_none_or(|at| now < at.max(self.next_probe)) {
+    fn send_probes(&mut self) {
+        if self.earliest_probe.is_none_or(|at| self.now < at.max(self.next_probe)) {
             return;
         }
-        let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= now);
+        let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= self.now);
         let due = self.peers.iter().filter(|(_, peer)| is_due(peer));
         let order = |peer: &LanPeer| (!peer.is_named, peer.found == 0, peer.next_probe());
         let mut due: Vec<_> = due.map(|(address, peer)| (order(peer), address)).collect();
         due.sort();
         for (_, address) in due {
-            if self.probe(address, now, t, out) {
+            if self.probe(address) {
                 break;
             }
         }
@@ -1286,13 +1184,11 @@ mod tests {
         };
         let mut discovery = Discovery::new(Alone, settings, random, start);
         let peer = SocketAddr::from(([10, 0, 0, 2], 12304));
-        let mut out = OutgoingDatagrams::new();
         let hello =
             Hello { port: 12304, instance: [7; 8], batches: true, crowded: false, digest: None };
         let receive = |discovery: &mut Discovery<Alone>, packet: Packet| {
             let bytes = packet.encode();
-            let mut out = OutgoingDatagrams::new();
-            discovery.handle(Event::Datagram { from: peer, bytes: &bytes }, start, &mut out);
+            discovery.handle(Event::Datagram { from: peer, bytes: &bytes }, start);
         };
         receive(&mut discovery, Packet::Hello(hello));
         // Nine paths, so that an answer has two bytes.
@@ -1301,12 +1197,12 @@ mod tests {
                 let (updates, receiver) = crossbeam_channel::bounded(LookupRequest::CAPACITY);
                 let hash_part = HashPart::from_bytes(&[number; HashPart::BYTES]);
                 let lookup = LookupRequest { id: u64::from(number), hash_part, updates };
-                discovery.handle(Event::LookUp(lookup), start, &mut out);
+                discovery.handle(Event::LookUp(lookup), start);
                 receiver
             })
             .collect();
-        discovery.handle(Event::Tick { drained: true }, start, &mut out);
-        let id = out.iter().find_map(|(_, packet)| match packet {
+        discovery.handle(Event::Tick { drained: true }, start);
+        let id = discovery.outgoing().iter().find_map(|(_, packet)| match packet {
             Packet::QueryMany { id, hash_parts, .. } => {
                 (hash_parts.iter().count() == 9).then_some(*id)
             }

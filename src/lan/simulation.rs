@@ -7,9 +7,7 @@
 //! simulate` runs more seeds: `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>`
 //! prints the packets of one run.
 
-use super::discovery::{
-    DatagramTarget, Discovery, DiscoverySettings, Event, LookupRequest, OutgoingDatagrams,
-};
+use super::discovery::{DatagramTarget, Discovery, DiscoverySettings, Event, LookupRequest};
 use super::environment::Environment;
 use super::lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate};
 use crate::lock::Mutex;
@@ -337,11 +335,10 @@ impl Simulation {
 
     /// Makes the daemon say *bye* and stop, and start again after `pause`.
     fn restart(&mut self, index: usize, pause: Duration) {
-        let mut out = Vec::new();
-        if let Some(machine) = &self.hosts[index].machine {
-            machine.bye(&mut out);
+        if let Some(machine) = &mut self.hosts[index].machine {
+            machine.bye();
         }
-        self.send_all(index, out);
+        self.send_all(index);
         self.vanish(index);
         self.run_at(self.now + pause, move |simulation| simulation.start(index));
     }
@@ -477,8 +474,10 @@ impl Simulation {
         }
     }
 
-    fn send_all(&mut self, from: usize, out: OutgoingDatagrams) {
-        for (to, packet) in out {
+    /// Sends the datagrams that the node's state machine has ready.
+    fn send_all(&mut self, from: usize) {
+        let Some(machine) = &mut self.hosts[from].machine else { return };
+        for (to, packet) in std::mem::take(machine.outgoing()) {
             let port = match to {
                 DatagramTarget::Peer(_) | DatagramTarget::Everyone => PORT,
                 DatagramTarget::Behind(_) => SECOND_PORT,
@@ -510,12 +509,11 @@ impl Simulation {
         }
         let inbox = std::mem::take(&mut host.inbox);
         if let Some(machine) = &mut host.machine {
-            let mut out = Vec::new();
             for (from, bytes) in inbox {
-                machine.handle(Event::Datagram { from, bytes: &bytes }, now, &mut out);
+                machine.handle(Event::Datagram { from, bytes: &bytes }, now);
             }
-            machine.handle(Event::Tick { drained: true }, now, &mut out);
-            self.send_all(index, out);
+            machine.handle(Event::Tick { drained: true }, now);
+            self.send_all(index);
             self.collect(index);
             self.plan(index);
         } else {
@@ -539,11 +537,10 @@ impl Simulation {
 
     fn event(&mut self, index: usize, event: Event<'_>) {
         let now = self.base + self.now;
-        let mut out = Vec::new();
         if let Some(machine) = &mut self.hosts[index].machine {
-            machine.handle(event, now, &mut out);
+            machine.handle(event, now);
         }
-        self.send_all(index, out);
+        self.send_all(index);
         self.turn(index);
     }
 

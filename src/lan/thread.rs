@@ -1,7 +1,7 @@
 //! The thread that runs [`Discovery`] on its sockets, and the client through which other threads
 //! use it.
 
-use super::discovery::{Discovery, Event, LookupRequest, OutgoingDatagrams};
+use super::discovery::{Discovery, Event, LookupRequest};
 use super::environment::Environment;
 use super::lookups::{LookupId, LookupUpdate};
 use super::peer_table::Neighbour;
@@ -156,7 +156,6 @@ impl DiscoveryThread {
             sockets,
             suspend: SuspendDetector::new(),
             next_neighbours: Instant::now(),
-            out: Vec::new(),
             buffer: [0; Packet::MAX_LEN + 1],
         };
         let own_client = client.clone();
@@ -208,7 +207,6 @@ struct DiscoveryLoop<E> {
     suspend: SuspendDetector,
     /// When the kernel's neighbour tables are read next.
     next_neighbours: Instant,
-    out: OutgoingDatagrams,
     buffer: [u8; Packet::MAX_LEN + 1],
 }
 
@@ -220,7 +218,8 @@ impl<E: Environment> DiscoveryLoop<E> {
             let timeout = next_turn.saturating_duration_since(Instant::now());
             let wakers: Vec<_> =
                 [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
-            self.sockets.wait(&wakers, if self.out.is_empty() { timeout } else { Duration::ZERO });
+            let is_idle = self.discovery.outgoing().is_empty();
+            self.sockets.wait(&wakers, if is_idle { timeout } else { Duration::ZERO });
             client.turns.fetch_add(1, Ordering::Relaxed);
             // Must precede the reads below: a caller of [`DiscoveryClient::wake`] queues its event
             // first and then tests this flag.
@@ -247,11 +246,11 @@ impl<E: Environment> DiscoveryLoop<E> {
             if is_leaving {
                 // Follows a hello that was due. The thread says *bye* again at the end, because a
                 // query sent since the first *bye* makes this node known again.
-                self.discovery.bye(&mut self.out);
+                self.discovery.bye();
             }
             // Under a flood some datagrams may be left. They leave in the next turn.
             for _ in 0..MAX_SEND_ROUNDS {
-                if !self.sockets.send(&mut self.out) {
+                if !self.sockets.send(self.discovery.outgoing()) {
                     break;
                 }
                 self.read(0..self.sockets.len(), MAX_SENDS_PER_TURN);
@@ -282,19 +281,20 @@ impl<E: Environment> DiscoveryLoop<E> {
     }
 
     fn handle(&mut self, event: Event<'_>) {
-        self.discovery.handle(event, Instant::now(), &mut self.out);
+        self.discovery.handle(event, Instant::now());
     }
 
     /// Handles up to `max` datagrams of these sockets. Returns whether none is left.
     fn read(&mut self, sockets: impl IntoIterator<Item = usize>, max: usize) -> bool {
-        let mut left = max.min(MAX_QUEUED_DATAGRAMS.saturating_sub(self.out.len()));
+        let mut left =
+            max.min(MAX_QUEUED_DATAGRAMS.saturating_sub(self.discovery.outgoing().len()));
         if left == 0 {
             return false;
         }
         for at in sockets {
             while let Ok((len, from)) = self.sockets.receive(at, &mut self.buffer) {
                 let event = Event::Datagram { from, bytes: &self.buffer[..len] };
-                self.discovery.handle(event, Instant::now(), &mut self.out);
+                self.discovery.handle(event, Instant::now());
                 left = left.saturating_sub(1);
                 if left == 0 {
                     return false;
