@@ -9,6 +9,7 @@ use crate::common::DEADLINE;
 use peerix::{
     nix::{HashPart, StoreDir, StorePath},
     store::{Store, StoreConfig, StoreError},
+    time_scale::TIMEOUT_SCALE,
 };
 use std::{
     env,
@@ -416,6 +417,8 @@ impl Reader {
         let mut child = Command::new("/nix/reader")
             .args(["--exact", TEST, "--nocapture", "--test-threads=1"])
             .env(ROLE, "reader")
+            // On a busy machine, a reader may meet each of Nix's short writes for seconds.
+            .env(TIMEOUT_SCALE, "20")
             .uid(NOBODY)
             .gid(NOBODY)
             .stdin(Stdio::piped())

@@ -21,6 +21,7 @@ pub use error::{NarError, StoreError};
 pub use nar::NarSink;
 
 use crate::nix::{DrvOutput, HashPart, PathInfo, Realisation, StoreDir, StorePath};
+use crate::time_scale::Timeout;
 use database::SCHEMA;
 use path_info_cache::PathInfoCache;
 use pool::{ConnectionPool, DatabaseLocation};
@@ -34,7 +35,7 @@ use walk::Walk;
 const MAX_CONNECTIONS: usize = 4;
 /// Longest wait of a lookup for locks and for a free connection; then it fails with
 /// [`StoreError::Busy`].
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(5);
 /// Longest wait of [`Store::path_infos_quickly`] for locks and its connection; then it fails with
 /// [`StoreError::Busy`].
 const QUICK_TIMEOUT: Duration = Duration::from_millis(50);
@@ -129,7 +130,7 @@ impl Store {
             lookups: ConnectionPool::new(
                 location.clone(),
                 MAX_CONNECTIONS,
-                LOOKUP_TIMEOUT,
+                LOOKUP_TIMEOUT.get(),
                 log::Level::Info,
             ),
             quick_lookups: ConnectionPool::new(
@@ -138,7 +139,7 @@ impl Store {
                 QUICK_TIMEOUT,
                 log::Level::Debug,
             ),
-            scans: ConnectionPool::new(location, 1, LOOKUP_TIMEOUT, log::Level::Debug),
+            scans: ConnectionPool::new(location, 1, LOOKUP_TIMEOUT.get(), log::Level::Debug),
             config,
         }
     }
