@@ -185,8 +185,8 @@ impl DatabaseThread {
     }
 
     /// Records that these peers are no longer live, except those that are in `table` again by the
-    /// time the database is written: their [`DatabaseThread::arrived`] may come first. Does not
-    /// block; may be lost.
+    /// time the database is written: their [`DatabaseThread::record_address`] may come first. Does
+    /// not block; may be lost.
     pub fn remove_live(&self, ids: Vec<Arc<str>>, table: Arc<TrackerTable>) {
         self.submit(move |database| {
             ids.iter().filter(|id| !table.contains(id)).try_for_each(|id| database.remove_live(id))

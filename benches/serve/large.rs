@@ -141,7 +141,8 @@ pub fn each<'a, const N: usize>(
     servers.iter().map(contender).collect()
 }
 
-/// Streams a NAR `times` times, and for at least [`LONG`]. Returns GB/s and CPU seconds per GiB.
+/// Streams a NAR `times` times, and for at least [`MIN_STREAM_TIME`]. Returns GB/s and CPU seconds
+/// per GiB.
 pub fn stream(server: &Cache, path: &str, times: u32, read: bool) -> [f64; 2] {
     let (nar, mut client) = (server.narinfo(path).nar, server.client());
     let (before, began, mut bytes, mut count) = (server.cpu(), Instant::now(), 0, 0);
