@@ -410,7 +410,8 @@ fn serve(
             Box::new(move |instance, digest, at| friends.record_hello(instance, digest, at));
         environment = environment.with_friends(key, observer);
     }
-    let settings = DiscoverySettings { http_port: port, udp_port: port, timeout: config.timeout };
+    let has_lan = config.mode.has_lan();
+    let settings = DiscoverySettings { port, has_lan, timeout: config.timeout };
     let random =
         random_numbers().ok_or_else(|| FatalError("the system gives no random numbers".into()))?;
     let (outside, mapper) = map_port(&config, port, &networks).unzip();

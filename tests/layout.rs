@@ -137,6 +137,27 @@ fn imports_point_only_to_lower_layers() {
     assert!(seen > 50, "only {seen} imports were found: this test looks for them in the wrong way");
 }
 
+#[test]
+fn files_of_lan_import_each_other_without_cycles() {
+    let mut left: Vec<(String, Vec<String>)> = Vec::new();
+    for entry in fs::read_dir(Path::new(ROOT).join("src/lan")).unwrap() {
+        let path = entry.unwrap().path();
+        let module = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        if path.is_file() && module != "mod" {
+            let text = fs::read_to_string(&path).unwrap();
+            let uses = modules_named_after("use super::", &text);
+            left.push((module, uses.into_iter().map(str::to_owned).collect()));
+        }
+    }
+    assert!(left.iter().any(|(module, uses)| module == "discovery" && uses.len() > 3));
+    // Removes the files that use none of the others, again and again.
+    while !left.is_empty() {
+        let modules: Vec<String> = left.iter().map(|(module, _)| module.clone()).collect();
+        left.retain(|(_, uses)| uses.iter().any(|used| modules.contains(used)));
+        assert!(left.len() < modules.len(), "a cycle of imports among {modules:?}");
+    }
+}
+
 /// Names of the modules after `crate::` and `peerix::`, in code and in documentation.
 fn modules_named(text: &str) -> Vec<&str> {
     [modules_named_after("crate::", text), modules_named_after("peerix::", text)].concat()

@@ -91,11 +91,6 @@ impl AccessPolicy {
         if is_lan { Scope::Lan } else { Scope::Wan }
     }
 
-    /// Returns whether the mode has a LAN, regardless of `--share`.
-    pub fn has_lan(&self) -> bool {
-        self.mode.has_lan()
-    }
-
     /// Returns the scope in which to answer a datagram from this address, or `None` to drop it.
     /// Datagrams are dropped if they come from loopback, from an address that cannot receive an
     /// answer (port 0, unspecified, multicast, broadcast), or from WAN while nothing is shared over

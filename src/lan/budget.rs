@@ -1,6 +1,6 @@
 //! The wait budget bounds the time that lookups spend waiting for overdue answers.
 //!
-//! A budget runs down in lookup time (see [`super::discovery`]) while lookups want at least one
+//! A budget runs down in lookup time (see [`super`]) while lookups want at least one
 //! overdue answer. It runs down once, not once for each lookup or peer, and recovers at other
 //! times. A vanished peer therefore costs one wait of at most [`WaitBudget::MAX`]. A peer that is
 //! always late costs about 1/[`WaitBudget::RECOVERY`] of the time.
@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 pub struct WaitBudget {
     left: Duration,
     updated: Instant,
-    /// Number of peers whose answers are overdue; the budget runs down while it is not 0.
-    overdue: u32,
+    /// Whether it runs down, because answers are overdue.
+    is_running: bool,
 }
 
 impl WaitBudget {
@@ -30,7 +30,7 @@ impl WaitBudget {
 
     /// Creates a full budget at lookup time `t`.
     pub fn full(t: Instant) -> Self {
-        WaitBudget { left: Self::MAX.get(), updated: t, overdue: 0 }
+        WaitBudget { left: Self::MAX.get(), updated: t, is_running: false }
     }
 
     /// Advances the budget to lookup time `t`. Returns the remaining time, from 0 to
@@ -38,23 +38,25 @@ impl WaitBudget {
     pub fn update(&mut self, t: Instant) -> Duration {
         let elapsed = t.saturating_duration_since(self.updated);
         self.updated = self.updated.max(t);
-        self.left = match self.overdue {
-            0 => Self::MAX.get().min(self.left + elapsed / Self::RECOVERY),
-            _ => self.left.saturating_sub(elapsed),
+        self.left = match self.is_running {
+            true => self.left.saturating_sub(elapsed),
+            false => Self::MAX.get().min(self.left + elapsed / Self::RECOVERY),
         };
         self.left
     }
 
-    /// Counts one more peer with an overdue answer from lookup time `t` on.
-    pub fn start(&mut self, t: Instant) {
-        self.update(t);
-        self.overdue += 1;
+    /// From lookup time `t` on, the budget runs down while `is_overdue`: an answer that it covers
+    /// is overdue. It begins to do so only if `may_start`. Returns whether overdue answers have
+    /// used it up.
+    pub fn judge(&mut self, is_overdue: bool, may_start: bool, t: Instant) -> bool {
+        let left = self.update(t);
+        self.is_running = is_overdue && (may_start || self.is_running);
+        self.is_running && left.is_zero()
     }
 
-    /// Counts one peer with an overdue answer less from lookup time `t` on.
-    pub fn stop(&mut self, t: Instant) {
-        self.update(t);
-        self.overdue = self.overdue.saturating_sub(1);
+    /// Whether the budget runs down.
+    pub fn is_running(&self) -> bool {
+        self.is_running
     }
 
     /// Adds [`WaitBudget::FOUND_BONUS`] at lookup time `t`.
@@ -64,7 +66,7 @@ impl WaitBudget {
 
     /// Lookup time at which the budget is used up. `None` while it does not run down.
     pub fn used_up_at(&self) -> Option<Instant> {
-        (self.overdue > 0).then(|| self.updated + self.left)
+        self.is_running.then(|| self.updated + self.left)
     }
 }
 
@@ -75,26 +77,28 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn budget_runs_down_once_for_all_and_recovers_slowly() {
+    fn budget_runs_down_while_an_answer_is_overdue_and_recovers_slowly() {
         let start = Instant::now();
         let mut budget = WaitBudget::full(start);
+        assert!(!budget.judge(true, false, start), "it may not start yet");
         assert_eq!(budget.used_up_at(), None);
-        budget.start(start);
-        budget.start(start);
+        assert!(!budget.judge(true, true, start));
         assert_eq!(budget.used_up_at(), Some(start + WaitBudget::MAX.get()));
         assert_eq!(budget.update(start + SECOND), 2 * SECOND);
-        budget.stop(start + SECOND);
-        assert_eq!(budget.update(start + 2 * SECOND), SECOND, "one peer is still overdue");
-        budget.stop(start + 2 * SECOND);
+        assert!(!budget.judge(true, false, start + SECOND), "it has started");
+        assert_eq!(budget.update(start + 2 * SECOND), SECOND);
+        assert!(!budget.judge(false, true, start + 2 * SECOND));
         assert_eq!(budget.update(start + 22 * SECOND), 2 * SECOND);
         assert_eq!(budget.update(start + 222 * SECOND), WaitBudget::MAX.get());
+        assert!(!budget.judge(true, true, start + 222 * SECOND));
+        assert!(budget.judge(true, false, start + 225 * SECOND), "used up");
     }
 
     #[test]
     fn budget_regains_a_bonus_for_each_path_found() {
         let start = Instant::now();
         let mut budget = WaitBudget::full(start);
-        budget.start(start);
+        budget.judge(true, true, start);
         budget.reward(start + 4 * SECOND);
         assert_eq!(budget.update(start + 4 * SECOND), WaitBudget::FOUND_BONUS);
         (0..100).for_each(|_| budget.reward(start + 4 * SECOND));

@@ -16,8 +16,6 @@ use std::time::Instant;
 pub trait Environment: Send {
     /// Whether a peer on the LAN may have this address.
     fn is_lan(&self, address: SocketAddr) -> bool;
-    /// Whether this node uses the LAN. If not, it only answers queries and sends nothing else.
-    fn has_lan(&self) -> bool;
     /// Whether queries from this address are answered. Packets of other kinds are dropped if the
     /// address is not on the LAN.
     fn is_answered(&self, address: SocketAddr) -> bool;
@@ -87,10 +85,6 @@ impl Environment for StoreEnvironment {
         self.policy.datagram_scope(address) == Some(Scope::Lan)
     }
 
-    fn has_lan(&self) -> bool {
-        self.policy.has_lan()
-    }
-
     fn is_answered(&self, address: SocketAddr) -> bool {
         !self.is_stopping.load(Ordering::Relaxed) && self.policy.datagram_scope(address).is_some()
     }
@@ -114,12 +108,8 @@ impl Environment for StoreEnvironment {
         hash_parts: &[HashPart],
         asker: SocketAddr,
     ) -> Option<Vec<bool>> {
-        let Some(scope) = self.policy.datagram_scope(asker) else {
-            return Some(vec![false; hash_parts.len()]);
-        };
-        if !self.policy.serves(scope) {
-            return Some(vec![false; hash_parts.len()]);
-        }
+        let scope = self.policy.datagram_scope(asker).filter(|scope| self.policy.serves(*scope));
+        let Some(scope) = scope else { return Some(vec![false; hash_parts.len()]) };
         match self.store.path_infos_quickly(hash_parts) {
             Ok(infos) => {
                 let is_held = |info: &Arc<PathInfo>| self.policy.allows_now(scope, info);

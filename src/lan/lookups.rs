@@ -1,7 +1,6 @@
 //! Lookups under way on the LAN, with their holders and the number of peers that owe them an
-//! answer. No I/O. Time is passed in as lookup time (see [`super::discovery`]).
+//! answer. No I/O. Time is passed in as lookup time (see [`super`]).
 
-use super::Holder;
 use crate::bounded_map::BoundedMap;
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
@@ -34,6 +33,39 @@ const MAX_SURPLUS: usize = 256;
 /// Identifies a lookup within this process.
 pub type LookupId = u64;
 
+/// A peer that says that it has a path, and where its narinfo of the path is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Holder {
+    /// Address of the peer's HTTP server.
+    pub http: SocketAddr,
+    /// URL path of the narinfo, relative to the root of that server.
+    pub url_path: String,
+}
+
+impl Holder {
+    /// A peerix, which serves the narinfos of its own store under `local/`.
+    pub fn peerix(http: SocketAddr, hash_part: &HashPart) -> Holder {
+        Holder { http, url_path: format!("local/{hash_part}.narinfo") }
+    }
+}
+
+/// A lookup for discovery to run. Its channel closes after the last update.
+pub struct LookupRequest {
+    /// ID of the lookup in later events.
+    pub id: LookupId,
+    /// Hash part of the path to look for.
+    pub hash_part: HashPart,
+    /// Receives the holders and the end of the lookup. Its capacity must be
+    /// [`LookupRequest::CAPACITY`]: discovery never blocks, so an update that finds the channel
+    /// full is lost.
+    pub updates: Sender<LookupUpdate>,
+}
+
+impl LookupRequest {
+    /// Number of updates that may be unread at once: [`MAX_HOLDERS`] holders and the end.
+    pub const CAPACITY: usize = MAX_HOLDERS + 1;
+}
+
 /// What discovery sends to the thread that looks a path up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LookupUpdate {
@@ -61,12 +93,12 @@ pub struct LanLookup {
     pub hash_part: HashPart,
     updates: Sender<LookupUpdate>,
     /// When it began, in lookup time.
-    pub began: Instant,
+    began: Instant,
     /// The lookup does not end as a miss before this lookup time: peers that are not known may
     /// still answer.
     pub open_until: Instant,
     /// Number of peers that owe the lookup an answer or a narinfo.
-    pub waiting: u32,
+    waiting: u32,
     asked: u32,
     answered: u32,
     /// Request ID of the single query that was broadcast for the lookup.
@@ -80,36 +112,21 @@ pub struct LanLookup {
     surplus: VecDeque<(SocketAddr, Holder)>,
 }
 
-/// What [`LanLookups::add_holder`] did with a holder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HolderPlace {
-    /// It was passed on, and the lookup waits for its narinfo.
-    Now,
-    /// It takes the place of a holder that fails.
-    Later,
-    /// The lookup does not wait for it: it is a duplicate, one too many, or an alternate.
-    Never,
-}
-
 impl LanLookup {
-    /// Records that one more peer owes an answer.
-    pub fn record_asked(&mut self) {
-        self.asked += 1;
-        self.waiting += 1;
-    }
-
-    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> HolderPlace {
+    /// Adds a holder. Returns whether it was passed on. If not, it takes the place of a holder that
+    /// fails, or it is dropped because it is a duplicate or one too many.
+    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> bool {
         let ip = holder.http.ip();
         if self.holders.contains(&ip) || self.surplus.len() >= MAX_SURPLUS {
-            return HolderPlace::Never;
+            return false;
         }
         self.holders.push(ip);
         if self.passed_on >= MAX_HOLDERS {
             self.surplus.push_back((peer, holder));
-            return HolderPlace::Later;
+            return false;
         }
         self.pass_on(peer, holder);
-        HolderPlace::Now
+        true
     }
 
     fn pass_on(&mut self, peer: SocketAddr, holder: Holder) {
@@ -138,23 +155,17 @@ pub struct LanLookups {
 }
 
 impl LanLookups {
-    /// Adds a lookup that begins at lookup time `t`. Returns false and drops `updates` if
-    /// [`MAX_LOOKUPS`] are open.
-    pub fn insert(
-        &mut self,
-        id: LookupId,
-        hash_part: HashPart,
-        updates: Sender<LookupUpdate>,
-        t: Instant,
-    ) -> bool {
+    /// Adds a lookup that begins at lookup time `t`, and does not end as a miss before `open_until`.
+    /// Returns false and drops the request if [`MAX_LOOKUPS`] are open.
+    pub fn insert(&mut self, request: LookupRequest, open_until: Instant, t: Instant) -> bool {
         if self.open.len() >= MAX_LOOKUPS {
             return false;
         }
         let lookup = LanLookup {
-            hash_part,
-            updates,
+            hash_part: request.hash_part,
+            updates: request.updates,
             began: t,
-            open_until: t,
+            open_until,
             waiting: 0,
             asked: 0,
             answered: 0,
@@ -164,8 +175,8 @@ impl LanLookups {
             passed_on: 0,
             surplus: VecDeque::new(),
         };
-        self.open.insert(id, lookup);
-        self.unsent.push_back(id);
+        self.open.insert(request.id, lookup);
+        self.unsent.push_back(request.id);
         true
     }
 
@@ -203,16 +214,16 @@ impl LanLookups {
         taken
     }
 
-    /// The open lookups that were sent.
-    pub fn sent(&self) -> Vec<LookupId> {
-        self.open.iter().filter(|(_, lookup)| lookup.is_sent).map(|(id, _)| *id).collect()
+    /// IDs and hash parts of the open lookups that were sent.
+    pub fn sent(&self) -> Vec<(LookupId, HashPart)> {
+        let sent = self.open.iter().filter(|(_, lookup)| lookup.is_sent);
+        sent.map(|(id, lookup)| (*id, lookup.hash_part)).collect()
     }
 
-    /// The IDs and hash parts of those lookups that are still open.
-    pub fn hash_parts(&self, ids: &[LookupId]) -> Vec<(LookupId, HashPart)> {
-        ids.iter()
-            .filter_map(|id| self.open.get(id).map(|lookup| (*id, lookup.hash_part)))
-            .collect()
+    /// IDs and hash parts of those of the lookups `ids` that are still open.
+    pub fn still_open(&self, ids: &[LookupId]) -> Vec<(LookupId, HashPart)> {
+        let open = |id: &LookupId| self.open.get(id).map(|lookup| (*id, lookup.hash_part));
+        ids.iter().filter_map(open).collect()
     }
 
     /// Moves [`LanLookups::next_end`] forward if the lookup ends before it. To be called after each
@@ -221,6 +232,16 @@ impl LanLookups {
         if let Some(lookup) = self.open.get(&id) {
             let ends_at = lookup.ends_at();
             self.next_end = Some(self.next_end.map_or(ends_at, |next| next.min(ends_at)));
+        }
+    }
+
+    /// Records that one more peer owes each of these lookups an answer.
+    pub fn record_asked(&mut self, ids: &[LookupId]) {
+        for id in ids {
+            if let Some(lookup) = self.open.get_mut(id) {
+                lookup.asked += 1;
+                lookup.waiting += 1;
+            }
         }
     }
 
@@ -249,15 +270,16 @@ impl LanLookups {
         self.open.get(&id).or_else(settled).map(|lookup| lookup.hash_part)
     }
 
-    /// Adds a holder of the path, and passes it on if fewer than [`MAX_HOLDERS`] are.
-    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> HolderPlace {
-        if let Some(lookup) = self.open.get_mut(&id) {
-            return lookup.add_holder(peer, holder);
+    /// Adds a holder of the path, and passes it on if fewer than [`MAX_HOLDERS`] are. Returns
+    /// whether the lookup waits for its narinfo: it is open, and the holder was passed on.
+    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> bool {
+        match self.open.get_mut(&id) {
+            Some(lookup) => lookup.add_holder(peer, holder),
+            None => {
+                self.settled.get_mut(&id).map(|(_, lookup)| lookup.add_holder(peer, holder));
+                false
+            }
         }
-        if let Some((_, lookup)) = self.settled.get_mut(&id) {
-            lookup.add_holder(peer, holder);
-        }
-        HolderPlace::Never
     }
 
     /// Records that a holder that was passed on gave no good narinfo. Passes on the next holder and
@@ -328,17 +350,17 @@ mod tests {
     fn further_holder_takes_the_place_of_one_that_fails() {
         let now = Instant::now();
         let mut lookups = LanLookups::default();
-        let (updates, receiver) = bounded(MAX_HOLDERS + 1);
-        assert!(lookups.insert(1, HashPart::from_bytes(&[0; HashPart::BYTES]), updates, now));
+        let (updates, receiver) = bounded(LookupRequest::CAPACITY);
+        let hash_part = HashPart::from_bytes(&[0; HashPart::BYTES]);
+        assert!(lookups.insert(LookupRequest { id: 1, hash_part, updates }, now, now));
         let holder = |number: u8| {
             let http = SocketAddr::from((Ipv4Addr::new(10, 0, 0, number), 1));
             (http, Holder { http, url_path: String::new() })
         };
         for number in 0..20 {
             let (peer, holder) = holder(number);
-            let taken = if number < 16 { HolderPlace::Now } else { HolderPlace::Later };
-            assert_eq!(lookups.add_holder(1, peer, holder.clone()), taken);
-            assert_eq!(lookups.add_holder(1, peer, holder), HolderPlace::Never);
+            assert_eq!(lookups.add_holder(1, peer, holder.clone()), number < 16);
+            assert!(!lookups.add_holder(1, peer, holder), "a duplicate");
         }
         assert_eq!(receiver.try_iter().count(), MAX_HOLDERS);
         let (peer, next) = holder(16);
@@ -351,7 +373,7 @@ mod tests {
         let replaced = (0..4).filter_map(|_| lookups.replace_holder(1));
         assert_eq!(replaced.count(), 3);
         let (peer, last) = holder(20);
-        assert_eq!(lookups.add_holder(1, peer, last), HolderPlace::Now);
+        assert!(lookups.add_holder(1, peer, last));
         lookups.assert_bounds();
     }
 }

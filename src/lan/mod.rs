@@ -1,39 +1,32 @@
 //! Discovery of peers on the LAN, and of the peers that have a path (docs/protocol.md).
 //!
-//! [`discovery`] is a state machine without I/O. [`DiscoveryThread`] runs it on its sockets. Other
+//! [`Discovery`] is a state machine without I/O. [`DiscoveryThread`] runs it on its sockets. Other
 //! threads use it through [`DiscoveryClient`].
+//!
+//! # Two clocks
+//!
+//! Waits are measured in *lookup time*, called `t`. While lookups are open, each turn of the event
+//! loop adds at most 100 ms to it, so that a pause of this machine does not count against peers.
+//! Hellos and probes use real time, called `now`.
 
 mod budget;
-pub mod discovery;
+mod discovery;
 mod environment;
+mod hellos;
 mod lookups;
+mod outgoing;
+mod overdue;
+mod peer;
 mod peer_table;
+mod querier;
 #[cfg(test)]
 mod simulation;
 mod sockets;
 mod thread;
 
-pub use discovery::{Discovery, DiscoverySettings, Event, LookupRequest, RandomSource};
+pub use discovery::{Discovery, DiscoverySettings, Event};
 pub use environment::{DigestObserver, Environment, StoreEnvironment};
-pub use lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate, MAX_HOLDERS};
-pub use peer_table::{MetBy, Neighbour};
+pub use lookups::{Holder, LOOKUP_TIMEOUT, LookupId, LookupRequest, LookupUpdate, MAX_HOLDERS};
+pub use peer::{MetBy, Neighbour};
+pub use querier::RandomSource;
 pub use thread::{DiscoveryClient, DiscoveryThread};
-
-use crate::nix::HashPart;
-use std::net::SocketAddr;
-
-/// A peer that says that it has a path, and where its narinfo of the path is.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Holder {
-    /// Address of the peer's HTTP server.
-    pub http: SocketAddr,
-    /// URL path of the narinfo, relative to the root of that server.
-    pub url_path: String,
-}
-
-impl Holder {
-    /// A peerix, which serves the narinfos of its own store under `local/`.
-    pub fn peerix(http: SocketAddr, hash_part: &HashPart) -> Holder {
-        Holder { http, url_path: format!("local/{hash_part}.narinfo") }
-    }
-}

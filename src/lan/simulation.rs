@@ -7,9 +7,10 @@
 //! simulate` runs more seeds: `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>`
 //! prints the packets of one run.
 
-use super::discovery::{DatagramTarget, Discovery, DiscoverySettings, Event, LookupRequest};
+use super::discovery::{Discovery, DiscoverySettings, Event};
 use super::environment::Environment;
-use super::lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate};
+use super::lookups::{LOOKUP_TIMEOUT, LookupId, LookupRequest, LookupUpdate};
+use super::outgoing::DatagramTarget;
 use crate::lock::Mutex;
 use crate::nix::HashPart;
 use crate::wire::{AnswerBits, Hello, Packet};
@@ -107,9 +108,6 @@ struct SimulatedStore {
 impl Environment for SimulatedStore {
     fn is_lan(&self, address: SocketAddr) -> bool {
         matches!(address.ip(), IpAddr::V4(ip) if ip.octets()[0] == 10)
-    }
-    fn has_lan(&self) -> bool {
-        true
     }
     fn is_answered(&self, address: SocketAddr) -> bool {
         self.is_lan(address)
@@ -293,7 +291,7 @@ impl Simulation {
         host.is_up = true;
         host.instance = random.next();
         if host.kind == Kind::Node {
-            let settings = DiscoverySettings { http_port: PORT, udp_port: PORT, timeout: 50 * MS };
+            let settings = DiscoverySettings { port: PORT, has_lan: true, timeout: 50 * MS };
             let store = SimulatedStore { own: host.ip, held: host.held.clone() };
             let ids = Box::new(move || random.next() as u32);
             host.machine = Some(Discovery::new(store, settings, ids, now));

@@ -2,7 +2,7 @@
 //! Datagrams to hosts that may not answer leave from extra sockets, so that they cannot fill the
 //! send buffer for peers that do answer.
 
-use super::discovery::{DatagramTarget, OutgoingDatagrams};
+use super::outgoing::{DatagramTarget, OutgoingDatagrams};
 use crate::network::{InterfaceAddress, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashSet;

@@ -1,10 +1,10 @@
 //! The thread that runs [`Discovery`] on its sockets, and the client through which other threads
 //! use it.
 
-use super::discovery::{Discovery, Event, LookupRequest};
+use super::discovery::{Discovery, Event};
 use super::environment::Environment;
-use super::lookups::{LookupId, LookupUpdate};
-use super::peer_table::Neighbour;
+use super::lookups::{LookupId, LookupRequest, LookupUpdate};
+use super::peer::Neighbour;
 use super::sockets::{DiscoverySockets, MAX_SENDS_PER_TURN};
 use crate::network::{Networks, neighbours};
 use crate::nix::HashPart;
@@ -149,8 +149,8 @@ impl DiscoveryThread {
             bye_requested: AtomicBool::new(false),
             stop_requested: AtomicBool::new(false),
         });
-        let sockets =
-            DiscoverySockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
+        let settings = discovery.settings();
+        let sockets = DiscoverySockets::new(sockets, settings.port, networks, settings.has_lan)?;
         let discovery_loop = DiscoveryLoop {
             discovery,
             sockets,
@@ -266,11 +266,11 @@ impl<E: Environment> DiscoveryLoop<E> {
     /// 1 ms, at most for 2 s.
     fn read_neighbours(&mut self) {
         let now = Instant::now();
-        if now < self.next_neighbours || !self.discovery.has_lan() {
+        if now < self.next_neighbours || !self.discovery.settings().has_lan {
             return;
         }
         self.next_neighbours = now + NEIGHBOURS_INTERVAL;
-        let port = self.discovery.udp_port();
+        let port = self.discovery.settings().port;
         match neighbours::read() {
             Ok(entries) => {
                 let addresses = entries.iter().map(|entry| entry.socket_addr(port)).collect();

@@ -1,6 +1,6 @@
 //! Peers on the LAN: finds the holder of a path that gives a good narinfo first.
 //!
-//! Discovery names the holders and decides how long to wait (see [`crate::lan::discovery`]). The
+//! Discovery names the holders and decides how long to wait (see [`crate::lan`]). The
 //! first holder is asked at once. Every 100 ms without a good narinfo, twice as many further
 //! holders are asked as the time before. A holder that failed recently is asked when no other
 //! holder is left.

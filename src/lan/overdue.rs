@@ -1,0 +1,123 @@
+//! Which peers to give up: lets wait budgets run down while answers are overdue. No I/O. Time is
+//! passed in as lookup time (see [`super`]).
+
+use super::budget::WaitBudget;
+use super::peer::LanPeer;
+use super::peer_table::PeerTable;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// The wait budget that peers share, and when answers are checked next.
+pub struct OverdueCheck {
+    /// Wait budget shared by all peers through which no path was found.
+    shared_budget: WaitBudget,
+    /// Whether any wait budget ran down after the last check.
+    is_waiting: bool,
+    /// No answer becomes overdue, and no budget is used up, before this time.
+    next: Option<Instant>,
+}
+
+impl OverdueCheck {
+    /// Creates a check that is not due, with a full shared budget at `t`.
+    pub fn new(t: Instant) -> Self {
+        OverdueCheck { shared_budget: WaitBudget::full(t), is_waiting: false, next: None }
+    }
+
+    /// When [`OverdueCheck::run`] has to be called next.
+    pub fn next(&self) -> Option<Instant> {
+        self.next
+    }
+
+    /// Moves [`OverdueCheck::next`] forward if an answer of this peer becomes overdue before it.
+    /// `median` is the usual answer time of the median peer.
+    pub fn plan(&mut self, peer: &LanPeer, median: Option<Duration>) {
+        self.next = self.next.into_iter().chain(self.due_at(peer, median)).min();
+    }
+
+    /// When the peer has to be checked: its wait budget is used up, an answer becomes overdue, or
+    /// the wait after its *bye* is over.
+    fn due_at(&self, peer: &LanPeer, median: Option<Duration>) -> Option<Instant> {
+        let budget = peer.budget.as_ref().unwrap_or(&self.shared_budget);
+        let overdue = || peer.oldest_owed().map(|since| since + peer.due_after(median));
+        budget.used_up_at().or_else(overdue).into_iter().chain(peer.leaves_at()).min()
+    }
+
+    /// Lets each wait budget run down while answers that it covers are overdue, and stops it when
+    /// none is. To be called in each turn. Returns the peers to give up: those with overdue answers
+    /// whose budget is used up, and those that have left.
+    ///
+    /// `drained` tells whether all received datagrams were handled. If not, no budget begins to run
+    /// down and no peer is given up, because the answer may be among the others.
+    pub fn run(&mut self, peers: &mut PeerTable, drained: bool, t: Instant) -> Vec<SocketAddr> {
+        let is_due = drained && self.next.is_some_and(|at| at <= t);
+        if !is_due && !self.is_waiting {
+            return Vec::new();
+        }
+        let median = peers.median_usual(t);
+        let (mut given_up, mut sharing) = (Vec::new(), Vec::new());
+        self.is_waiting = false;
+        for (address, peer) in peers.iter_mut() {
+            let is_overdue = peer.is_overdue(peer.due_after(median), t);
+            let mut is_used_up = false;
+            if let Some(budget) = &mut peer.budget {
+                is_used_up = budget.judge(is_overdue, drained, t);
+                self.is_waiting |= budget.is_running();
+            } else if is_overdue {
+                sharing.push(address);
+            }
+            if is_used_up || peer.has_left(t) {
+                given_up.push(address);
+            }
+        }
+        if self.shared_budget.judge(!sharing.is_empty(), drained, t) {
+            given_up.append(&mut sharing);
+        }
+        self.is_waiting |= self.shared_budget.is_running();
+        if !drained {
+            return Vec::new();
+        }
+        self.next = peers.iter().filter_map(|(_, peer)| self.due_at(peer, median)).min();
+        given_up
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::peer::MetBy;
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn shared_budget_runs_down_once_while_any_peer_is_overdue() {
+        let start = Instant::now();
+        let (mut peers, mut check) = (PeerTable::default(), OverdueCheck::new(start));
+        let addresses = [1, 2].map(|host| SocketAddr::from(([10, 0, 0, host], 12304)));
+        let owe = |peers: &mut PeerTable, check: &mut OverdueCheck, address, t| {
+            let (peer, _) = peers.record_heard(address, MetBy::Query, t).unwrap();
+            peer.owe(&[1], Some(t), t);
+            check.plan(peer, None);
+            t + peer.due_after(None)
+        };
+        let [overdue, _] = addresses.map(|address| owe(&mut peers, &mut check, address, start));
+        assert_eq!(check.next(), Some(overdue));
+        assert!(check.run(&mut peers, false, overdue).is_empty());
+        assert_eq!(check.next(), Some(overdue), "no wait begins while datagrams are unread");
+        assert!(check.run(&mut peers, true, overdue).is_empty());
+        assert_eq!(check.next(), Some(overdue + WaitBudget::MAX.get()), "once for both peers");
+
+        peers.get_mut(addresses[0]).unwrap().settle(1);
+        assert!(check.run(&mut peers, true, overdue + SECOND).is_empty());
+        assert_eq!(check.next(), Some(overdue + WaitBudget::MAX.get()), "one is still overdue");
+        peers.get_mut(addresses[1]).unwrap().settle(1);
+        let answered = overdue + 2 * SECOND;
+        assert!(check.run(&mut peers, false, answered).is_empty(), "the answer stops the budget");
+
+        let late = owe(&mut peers, &mut check, addresses[1], answered);
+        assert!(check.run(&mut peers, true, late).is_empty());
+        let left = SECOND + (late - answered) / WaitBudget::RECOVERY;
+        assert_eq!(check.next(), Some(late + left));
+        assert!(check.run(&mut peers, false, late + left).is_empty(), "datagrams are unread");
+        assert_eq!(check.run(&mut peers, true, late + left), [addresses[1]]);
+    }
+}
