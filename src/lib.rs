@@ -16,7 +16,7 @@
 //! * data from the network reaches SQLite and the file system only as a typed [`nix::HashPart`];
 //! * peerix never writes to the Nix store or its database;
 //! * every wait has a deadline;
-//! * no log line is written on the event loop, or under a lock that others wait for;
+//! * writing a log line blocks no thread;
 //! * every channel that the network can fill is bounded.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
