@@ -11,6 +11,7 @@ use crate::common::{Daemon, Host, Lan, Nat, PORT, Wan, nix, stock, wait_for};
 use serde_json::Value;
 use std::fs;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The findings and the exit status of one run.
 struct Found {
@@ -204,6 +205,56 @@ fn working_setup_has_no_faults() {
         .assert_only_fault("substituter", &["finds no network", "nix --option substitute true"]);
     let settings = pair.b.cmd("nix").args(["--option", "substitute", "true", "show-config"]).okay();
     assert!(settings.contains("substitute = true"));
+}
+
+/// `doctor` used to say that UDP is blocked on a neighbour that paused for 0.6 s.
+#[test]
+fn live_neighbour_that_answers_late_is_no_fault() {
+    let mut pair = Pair::new();
+    pair.start(&[]);
+    let slow = pair.lan.host("slow");
+    let queries = AtomicU32::new(0);
+    let say = move |datagram: &[u8]| match Packet::read(datagram)? {
+        // `doctor` repeats this query each 200 ms.
+        Packet::Query { hash_part, .. }
+            if hash_part == "0".repeat(32) && queries.fetch_add(1, Ordering::Relaxed) < 5 =>
+        {
+            None
+        }
+        Packet::Query { id, .. } => Some(Packet::HaveNot { id }.write()),
+        _ => None,
+    };
+    let info = b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n";
+    let peer = StandIn::start(&slow, say, |_| Reply::Whole(200, info.to_vec()));
+    peer.meet(&slow, &pair.b);
+    let found = doctor(&pair.b, &[]);
+    found.assert_no_faults();
+    let (.., text, _) = found.findings.iter().find(|(_, what, ..)| what == "network").unwrap();
+    assert!(text.starts_with("2 of 2 peers"), "{text}");
+}
+
+/// `doctor` used to say that Nix does not ask peerix, and to restart nix-daemon.
+#[test]
+fn substituter_that_keeps_nix_waiting_is_no_fault_of_peerix() {
+    let lan = Lan::new();
+    let (host, cache) = (lan.host("a"), lan.host("cache"));
+    key(&host);
+    let _daemon = Daemon::start(&host, &SIGNING);
+    let _cache = Server::start(cache.listen(PORT), |request| match request.path.as_str() {
+        "/nix-cache-info" => Reply::Whole(200, b"StoreDir: /nix/store\nPriority: 10\n".to_vec()),
+        _ => Reply::Silence,
+    });
+    nix::configure(
+        &host,
+        &format!(
+            "substituters = http://{}:{PORT} http://127.0.0.1:{PORT}?priority=20\n",
+            cache.address
+        ),
+    );
+    let found = doctor(&host, &[]);
+    found.assert_no_faults();
+    let (state, _, text, _) = found.findings.iter().find(|(_, what, ..)| what == "asked").unwrap();
+    assert!(state == "note" && text.contains("no answer within 10 s"), "{state} {text}");
 }
 
 #[test]
@@ -759,7 +810,7 @@ fn named_peer_without_access_is_found() {
 /// A lookup within a second of both starts must not make `doctor` report blocked UDP.
 #[test]
 fn just_started_daemons_have_no_faults() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let hosts = [lan.host("a"), lan.host("b")];
     let keys = hosts.each_ref().map(key);
     for host in &hosts {

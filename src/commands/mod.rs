@@ -11,6 +11,7 @@ mod listener;
 mod nix;
 mod peers;
 mod probe;
+mod program;
 mod report;
 mod shell;
 mod status;
@@ -21,6 +22,7 @@ use crate::config::Config;
 use crate::http_client;
 use crate::nix::PublicKey;
 use crate::status::text::{bytes, found_by, long, short};
+use crate::time_scale::Timeout;
 use serde_json::Value;
 use std::io::Read;
 use std::net::SocketAddr;
@@ -28,7 +30,7 @@ use std::time::{Duration, SystemTime};
 use ureq::Agent;
 
 /// Timeout of a whole HTTP request, the body included. A server that takes longer counts as absent.
-const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
+const HTTP_TIMEOUT: Timeout = Timeout::from_secs(2);
 
 /// Timeout of a request for the daemon's status. A daemon with a fault needs up to 5 s for its
 /// database and 2 s for discovery before it answers.
@@ -141,7 +143,7 @@ struct HttpAnswer {
 /// # Errors
 /// One line: why there is no whole response.
 fn get(url: &str) -> Result<HttpAnswer, String> {
-    get_within(url, HTTP_TIMEOUT)
+    get_within(url, HTTP_TIMEOUT.get())
 }
 
 /// Sends a `GET` within `timeout`. Uses no proxy and follows no redirect.

@@ -1,27 +1,16 @@
 //! Nix's settings and binary-cache cache, read by running Nix and from its SQLite files, and
 //! remedies that change them. Only commands use this module, never the daemon.
 
+use super::program::{ProgramError, run};
 use super::shell::quote;
 use crate::config::{Config, UPSTREAM_KEY};
 use crate::nix::{PathInfo, PublicKey, StoreDir, is_content_addressed};
 use crate::trust::Substituter;
 use rusqlite::{Connection, OpenFlags};
 use std::collections::HashMap;
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{fs, io, thread};
-
-/// Timeout of a program. It is killed at the timeout.
-const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Maximum size that is read of each output of a program, in bytes; the rest is cut off. Nix's
-/// settings have 20 KiB.
-const MAX_OUTPUT_BYTES: u64 = 1 << 20;
-
-/// Interval between checks whether a program that has closed its output has ended.
-const EXIT_POLL: Duration = Duration::from_millis(5);
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Installation paths of `nix`, tried if the program in `PATH` fails.
 const NIX_PROGRAMS: [&str; 2] =
@@ -48,7 +37,8 @@ pub struct NixSettings {
 
 impl NixSettings {
     /// Reads the settings of the process that asks substituters: nix-daemon's if one runs,
-    /// otherwise this user's. Runs `nix` up to six times, for at most [`PROGRAM_TIMEOUT`] each.
+    /// otherwise this user's. Runs `nix` up to six times, for at most
+    /// [`PROGRAM_TIMEOUT`](super::program::PROGRAM_TIMEOUT) each.
     ///
     /// # Errors
     /// One line: why Nix does not print its settings.
@@ -62,7 +52,8 @@ impl NixSettings {
     }
 
     /// Reads the settings of this user's Nix. nix-daemon may ignore some of them. Runs `nix` up to
-    /// six times, for at most [`PROGRAM_TIMEOUT`] each.
+    /// six times, for at most
+    /// [`PROGRAM_TIMEOUT`](super::program::PROGRAM_TIMEOUT) each.
     ///
     /// # Errors
     /// One line: why Nix does not print its settings.
@@ -81,7 +72,7 @@ impl NixSettings {
                         let lines = printed.lines().filter_map(|line| line.split_once(" = "));
                         return Ok(lines.map(|(key, value)| (key.into(), value.into())).collect());
                     }
-                    Err(e) if why.is_empty() => why = e,
+                    Err(e) if why.is_empty() => why = e.to_string(),
                     Err(_) => {}
                 }
             }
@@ -274,99 +265,31 @@ fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String
 }
 
 /// Makes nix-daemon, or this user's Nix if there is none, ask its substituters for `path`. Blocks
-/// until it has asked all of them, for at most [`PROGRAM_TIMEOUT`].
-pub fn make_nix_query(path: &str, settings: &NixSettings) {
+/// until it has asked all of them, for at most [`PROGRAM_TIMEOUT`](super::program::PROGRAM_TIMEOUT).
+///
+/// # Errors
+/// Nix cannot be started, or has not asked all of them before the timeout.
+pub fn make_nix_query(path: &str, settings: &NixSettings) -> Result<(), ProgramError> {
     let mut environment = vec![("NIX_USER_CONF_FILES".to_owned(), String::new())];
     match settings.daemon {
         Some(_) => environment.push(("NIX_REMOTE".to_owned(), "daemon".to_owned())),
         None => environment.clear(),
     }
-    let ask = ["--realise", "--dry-run", path];
-    for program in [
-        "nix-store",
-        "/run/current-system/sw/bin/nix-store",
-        "/nix/var/nix/profiles/default/bin/nix-store",
-    ] {
-        // `nix-store` fails because the path does not exist, but it has started.
-        if !run(program, &ask, &environment).is_err_and(|e| e.starts_with(NOT_STARTED)) {
-            return;
+    let query = |program: &str| match run(program, &["--realise", "--dry-run", path], &environment)
+    {
+        // Nix fails after it has asked, because the path does not exist.
+        Ok(_) | Err(ProgramError::Failed(_)) => Ok(()),
+        Err(e) => Err(e),
+    };
+    let mut result = query("nix-store");
+    for program in
+        ["/run/current-system/sw/bin/nix-store", "/nix/var/nix/profiles/default/bin/nix-store"]
+    {
+        if matches!(result, Err(ProgramError::NotStarted(_))) {
+            result = query(program);
         }
     }
-}
-
-/// Prefix of the error for a program that cannot be started.
-const NOT_STARTED: &str = "cannot start ";
-
-/// Runs a program and returns its standard output. An empty value in `environment` removes the
-/// variable. Kills the program after [`PROGRAM_TIMEOUT`].
-///
-/// # Errors
-/// One line: why the program cannot be started, the last line of its standard error if it fails, or
-/// that it timed out.
-pub fn run(
-    program: &str,
-    words: &[&str],
-    environment: &[(String, String)],
-) -> Result<String, String> {
-    run_within(program, words, environment, PROGRAM_TIMEOUT)
-}
-
-fn run_within(
-    program: &str,
-    words: &[&str],
-    environment: &[(String, String)],
-    timeout: Duration,
-) -> Result<String, String> {
-    let mut command = Command::new(program);
-    for (name, value) in environment {
-        // An empty NIX_USER_CONF_FILES disables users' configuration files; a missing one does not.
-        match value.is_empty() && name != "NIX_USER_CONF_FILES" {
-            true => command.env_remove(name),
-            false => command.env(name, value),
-        };
-    }
-    let mut child = command
-        .args(words)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|e| format!("{NOT_STARTED}{program}: {e}"))?;
-    let deadline = Instant::now() + timeout;
-    let (done, waited) = crossbeam_channel::bounded(1);
-    let (out, err) = (child.stdout.take(), child.stderr.take());
-    thread::spawn(move || {
-        let (mut stdout, mut stderr) = (String::new(), String::new());
-        let read = out.map(|out| out.take(MAX_OUTPUT_BYTES).read_to_string(&mut stdout));
-        let _ = err.map(|err| err.take(MAX_OUTPUT_BYTES).read_to_string(&mut stderr));
-        let _ = done.send((read.is_some_and(|read| read.is_ok()), stdout, stderr));
-    });
-    let answer = waited.recv_deadline(deadline);
-    let status = exit_status(&mut child, deadline).map_err(|e| format!("{program}: {e}"))?;
-    match (status, answer) {
-        (Some(status), Ok((true, stdout, _))) if status.success() => Ok(stdout),
-        (Some(_), Ok((_, _, stderr))) => {
-            Err(stderr.lines().next_back().unwrap_or("it said nothing").to_owned())
-        }
-        _ => Err(format!("{program}: no answer within {} s", timeout.as_secs())),
-    }
-}
-
-/// Waits until the program ends. Kills it at `deadline` and returns `None`.
-///
-/// # Errors
-/// The system's error.
-fn exit_status(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
-        }
-        if Instant::now() >= deadline {
-            child.kill()?;
-            return child.wait().map(|_| None);
-        }
-        thread::sleep(EXIT_POLL);
-    }
+    result
 }
 
 /// A path that Nix has cached as missing from a substituter.
@@ -727,18 +650,6 @@ mod tests {
         };
         assert!(trusts("http://[::1]:12304/?priority=1&trusted=true").is_ok());
         assert!(trusts("http://127.0.0.1:12304 http://other?trusted=true").is_err());
-    }
-
-    #[test]
-    fn program_that_closes_its_output_and_goes_on_is_killed_at_the_timeout() {
-        let began = Instant::now();
-        let script = "exec >&- 2>&-; exec sleep 1000";
-        let failed = run_within("sh", &["-c", script], &[], Duration::from_secs(1)).unwrap_err();
-        assert!(failed.contains("no answer within 1 s"), "{failed}");
-        assert!(began.elapsed() < Duration::from_secs(500));
-        let prints = "echo yes; exec >&- 2>&-; sleep 0.2";
-        assert_eq!(run("sh", &["-c", prints], &[]).unwrap(), "yes\n");
-        assert_eq!(run("sh", &["-c", "echo no >&2; exit 3"], &[]).unwrap_err(), "no");
     }
 
     #[test]

@@ -4,7 +4,6 @@ use super::probe::{self, HttpProbe};
 use super::report::{Findings, Severity};
 use super::status::friend_line;
 use super::{RunningDaemon, found_by, list, liveness, moment, peer_at, text};
-use crate::network::Networks;
 use crate::nix::HashPart;
 use serde_json::Value;
 use std::net::SocketAddr;
@@ -19,9 +18,8 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let far = probe::wan_nodes(node, None);
     let mut asked: Vec<SocketAddr> =
         known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
-    let networks = Networks::read(node.config.networks.clone()).current();
     let has_lan = node.config.mode.has_lan();
-    let heard = match probe::ask(&nothing, &networks, node.config.port, &asked, has_lan) {
+    let heard = match probe::ask(node, &nothing, node.config.port, &asked, has_lan) {
         Ok(heard) => heard,
         Err(e) => {
             report.fail("udp", format!("cannot ask: {e}"), String::new());

@@ -7,6 +7,7 @@ use crate::lan::Holder;
 use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, NarInfo};
 use crate::peers::client::{PeerClient, PeerError, PeerNarinfo};
+use crate::time_scale::Timeout;
 use crate::wire::Packet;
 use crate::wire::tracker::{can_be_peer, lookup_target};
 use serde_json::Value;
@@ -19,9 +20,12 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 /// Number of times that a query is sent, because datagrams may get lost.
-const MAX_SENDINGS: u32 = 3;
+const SENDINGS: u32 = 3;
 /// Time after each sending in which answers are read. Answers to earlier sendings count too.
 const ANSWER_WAIT: Duration = Duration::from_millis(200);
+/// Time in which a node that the daemon considers live can answer. It gets further sendings until
+/// then. Such a node may pause for as long before the daemon considers it silent.
+const LIVE_WAIT: Timeout = Timeout::from_secs(3);
 
 /// Maximum number of nodes whose answers are read; the rest is ignored. A daemon remembers as many
 /// peers.
@@ -43,17 +47,20 @@ pub struct ProbeReply {
 
 /// Queries the addresses in `named`, and if `everyone` is set also all nodes on the LAN by
 /// broadcast to `port`. Returns the first answer of each node, at most [`MAX_HEARD`], without this
-/// machine's own. Blocks for at most three times [`ANSWER_WAIT`].
+/// machine's own. Blocks for [`SENDINGS`] times [`ANSWER_WAIT`], and for at most [`LIVE_WAIT`] while
+/// a node in `named` that the daemon considers live has not answered. Without `everyone`, ends once
+/// all in `named` have answered.
 ///
 /// # Errors
 /// No UDP socket can be opened or configured.
 pub fn ask(
+    node: &RunningDaemon,
     hash_part: &HashPart,
-    networks: &LanNetworks,
     port: u16,
     named: &[SocketAddr],
     everyone: bool,
 ) -> io::Result<Vec<ProbeReply>> {
+    let networks = Networks::read(node.config.networks.clone()).current();
     let (socket, is_v6) = open()?;
     let mut targets = named.to_vec();
     if everyone {
@@ -61,16 +68,23 @@ pub fn ask(
     }
     targets.sort_unstable();
     targets.dedup();
+    let mut live = addresses(&node.status, |peer| peer["state"] == "live");
+    live.retain(|address| named.contains(address));
     // The ID in an answer tells which sending it answers. It is random, so that only nodes that got
     // a query know it.
     let first = RandomState::new().build_hasher().finish() as u32;
-    let mut sent = Vec::new();
+    let mut sent: Vec<Instant> = Vec::new();
     let mut heard: Vec<ProbeReply> = Vec::new();
-    for sending in 0..MAX_SENDINGS {
+    let have_answered = |all: &[SocketAddr], heard: &[ProbeReply]| {
+        all.iter().all(|address| heard.iter().any(|reply| reply.from == *address))
+    };
+    while sent.len() < SENDINGS as usize
+        || (!have_answered(&live, &heard) && sent[0].elapsed() < LIVE_WAIT.get())
+    {
         let began = Instant::now();
+        let id = first.wrapping_add(sent.len() as u32);
         sent.push(began);
-        let query =
-            Packet::Query { id: first.wrapping_add(sending), hash_part: *hash_part }.encode();
+        let query = Packet::Query { id, hash_part: *hash_part }.encode();
         for target in &targets {
             if !heard.iter().any(|h| h.from == *target) {
                 // An address that cannot be sent to counts as one that does not answer.
@@ -81,7 +95,7 @@ pub fn ask(
         while let Some(left) =
             ANSWER_WAIT.checked_sub(began.elapsed()).filter(|left| !left.is_zero())
         {
-            if !everyone && targets.iter().all(|to| heard.iter().any(|h| h.from == *to)) {
+            if !everyone && have_answered(&targets, &heard) {
                 return Ok(heard);
             }
             socket.set_read_timeout(Some(left))?;
@@ -169,9 +183,9 @@ pub fn http(nodes: &[SocketAddr]) -> Vec<HttpProbe> {
 /// Requests `/store/nix-cache-info`, which a node serves only to those that it shares with, and
 /// returns the status code. Does not use ureq, which cannot connect to link-local addresses.
 fn status(node: SocketAddr) -> io::Result<u16> {
-    let mut stream = TcpStream::connect_timeout(&node, HTTP_TIMEOUT)?;
-    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
-    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
+    let mut stream = TcpStream::connect_timeout(&node, HTTP_TIMEOUT.get())?;
+    stream.set_read_timeout(Some(HTTP_TIMEOUT.get()))?;
+    stream.set_write_timeout(Some(HTTP_TIMEOUT.get()))?;
     stream.write_all(
         b"GET /store/nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n",
     )?;
@@ -233,14 +247,18 @@ pub fn known(node: &RunningDaemon) -> Vec<SocketAddr> {
 /// LAN peers in `status`, and nodes in `named`.
 pub fn known_or_named(status: &Value, named: &NamedAddresses) -> Vec<SocketAddr> {
     // A host that has only sent requests need not run peerix.
-    let is_peer = |peer: &&Value| peer["network"] == "lan" && peer["found_by"] != "request";
-    let peers = list(&status["peers"]).iter().filter(is_peer);
-    let mut all: Vec<SocketAddr> =
-        peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect();
+    let is_peer = |peer: &Value| peer["network"] == "lan" && peer["found_by"] != "request";
+    let mut all = addresses(status, is_peer);
     all.extend(&named.addresses);
     all.sort_unstable();
     all.dedup();
     all
+}
+
+/// Addresses of the peers in `status` that `is_included` selects.
+fn addresses(status: &Value, is_included: impl Fn(&Value) -> bool) -> Vec<SocketAddr> {
+    let peers = list(&status["peers"]).iter().filter(|peer| is_included(peer));
+    peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect()
 }
 
 /// Nodes on other networks, with their peer IDs, as the trackers list them: all, or those that may
@@ -304,9 +322,8 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
     if node.config.mode.has_lan() {
         // If the daemon knows no peer, a broadcast may still reach one.
         let known = known(node);
-        let networks = Networks::read(node.config.networks.clone()).current();
         let port = node.config.port;
-        let heard = ask(hash_part, &networks, port, &known, known.is_empty()).unwrap_or_default();
+        let heard = ask(node, hash_part, port, &known, known.is_empty()).unwrap_or_default();
         holders.extend(heard.into_iter().filter_map(|heard| Some((String::new(), heard.holder?))));
     }
     let url_path = format!("local/{hash_part}.narinfo");
@@ -314,7 +331,8 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
     holders.extend(far.map(|(id, http)| (id, Holder { http, url_path: url_path.clone() })));
     let client = PeerClient::new(node.config.store_dir.clone());
     let offers = at_once(&holders, |(id, holder)| {
-        let narinfo = client.narinfo(holder, hash_part, HTTP_TIMEOUT).map(PeerNarinfo::into_inner);
+        let narinfo =
+            client.narinfo(holder, hash_part, HTTP_TIMEOUT.get()).map(PeerNarinfo::into_inner);
         ProbeOffer { from: holder.http, id: id.clone(), narinfo }
     });
     // A tracker's candidate is only likely to have the path. One that does not have it made no
