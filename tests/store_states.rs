@@ -26,7 +26,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Name of the test, with which the program starts itself again.
@@ -137,8 +137,27 @@ fn after_a_crash() {
     restore();
     fs::remove_file(shm()).unwrap();
     let mut reader = Reader::start();
+    let began = Instant::now();
     let answer = reader.ask(&path);
     assert!(answer.contains("see that nix-daemon runs") && !answer.contains('\n'), "{answer}");
+
+    // Until another process has opened the database, further lookups fail without a wait.
+    let (waited, again) = (began.elapsed(), Instant::now());
+    let answer = reader.ask(&path);
+    assert!(answer.contains("see that nix-daemon runs"), "{answer}");
+    assert!(again.elapsed() < waited, "{:?} after {waited:?}", again.elapsed());
+    fs::write(shm(), &left[2].0).unwrap();
+    reader.finds(&path);
+    drop(reader);
+
+    // A process that opens or closes the database may pause while only one of the files exists.
+    restore();
+    fs::remove_file(shm()).unwrap();
+    let mut reader = Reader::start();
+    reader.send(&path);
+    thread::sleep(Duration::from_millis(500));
+    fs::write(shm(), &left[2].0).unwrap();
+    assert_eq!(reader.receive(), path);
     drop(reader);
 
     let daemon = Daemon::start();

@@ -40,9 +40,10 @@ const DAEMON_TIMEOUT: Timeout = Timeout::from_secs(2);
 /// Least time between two attempts to wake nix-daemon.
 const DAEMON_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Consecutive attempts to read the database as immutable while no process seems to write; then the
-/// query fails with [`StoreError::WalUnavailable`].
-const MAX_IMMUTABLE_ATTEMPTS: u32 = 10;
+/// Time in which the state of the files can change if a process is about to open or close the
+/// database, which is preempted meanwhile. If it has not changed for this long, the query fails with
+/// [`StoreError::WalUnavailable`], and so do further queries, at once, until it changes.
+const TRANSITION_TIMEOUT: Timeout = Timeout::from_secs(1);
 /// Pause between two attempts to read the database as immutable.
 const IMMUTABLE_RETRY_PAUSE: Duration = Duration::from_millis(2);
 
@@ -101,6 +102,9 @@ struct PoolState {
     file: Option<FileId>,
     file_checked: Option<Instant>,
     daemon_tried: Option<Instant>,
+    /// State of the database, its log and its index in which no query succeeded for
+    /// [`TRANSITION_TIMEOUT`].
+    stuck: Option<[Option<FileStamp>; 3]>,
     open_method: Option<OpenMethod>,
 }
 
@@ -241,18 +245,17 @@ impl ConnectionPool {
                 Err(error) => daemon_error = error.to_string(),
             }
         }
-        let mut idle_attempts = 0;
-        while idle_attempts < MAX_IMMUTABLE_ATTEMPTS && !left(deadline).is_zero() {
-            let before = FileStamp::observe(&self.location.db);
+        let db = &self.location.db;
+        let (mut files, mut changed) = (FileStamp::of_all(db), Instant::now());
+        loop {
             // A process that wrote a moment ago opens and closes the database, and is done in
             // another moment.
-            let is_settled =
-                before.as_ref().is_none_or(|still| still.unsettled(SystemTime::now()).is_none());
-            idle_attempts = if is_settled { idle_attempts + 1 } else { 0 };
-            if let Some(before) = before.filter(|_| is_settled) {
+            if let Some(before) = FileStamp::observe(db)
+                .filter(|before| before.unsettled(SystemTime::now()).is_none())
+            {
                 let answer = self.attempt(lease, OpenMode::Immutable, query, deadline);
                 lease.database = None; // for this one query only
-                if FileStamp::observe(&self.location.db) == Some(before)
+                if FileStamp::observe(db) == Some(before)
                     && let Some(result) = self.finish_attempt(answer, OpenMethod::Immutable)
                 {
                     return result;
@@ -265,9 +268,21 @@ impl ConnectionPool {
             ) {
                 return result;
             }
+            let now_files = FileStamp::of_all(db);
+            if now_files != files {
+                (files, changed) = (now_files, Instant::now());
+            }
+            let is_stuck = self.state.lock().stuck.as_ref() == Some(&files);
+            if is_stuck || left(deadline).is_zero() {
+                break;
+            }
+            if changed.elapsed() >= TRANSITION_TIMEOUT.get() {
+                self.state.lock().stuck = Some(files);
+                break;
+            }
             thread::sleep(IMMUTABLE_RETRY_PAUSE.min(left(deadline)));
         }
-        Err(StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_error })
+        Err(StoreError::WalUnavailable { db: db.clone(), daemon: daemon_error })
     }
 
     /// Converts the result of an attempt and records the method that succeeded. `None` if the
