@@ -2,15 +2,15 @@
 //! the table of calls.
 
 use crate::address;
+use crate::clock::TrackerTime;
 use crate::database::{BindOutcome, ReportOutcome, SideReport};
 use crate::db_thread::{DatabaseThread, DatabaseUnavailable};
 use crate::limits::{LimitKind, RateLimits};
 use crate::meeting::{MeetBody, MeetingPlace, Meetings};
 use crate::metrics::{CountedCall, TrackerMetrics};
 use crate::reachability;
-use crate::table::{
-    Claim, ClaimRefusal, PeerAddress, PeerRow, Reputation, TrackerTable, TrackerTime,
-};
+use crate::reputation::Reputation;
+use crate::table::{Claim, ClaimRefusal, PeerAddress, PeerRow, TrackerTable};
 use crossbeam_channel::Sender;
 use data_encoding::BASE64;
 use peerix::http::body::BodyError;
@@ -33,7 +33,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 /// Maximum length of a request target in bytes. A percent-encoded peer ID of 128 bytes fits. Longer
 /// targets get 400.
@@ -233,16 +233,6 @@ pub struct Api {
     cached_list: Mutex<CachedList>,
     meetings: Meetings,
     faults: LogThrottle,
-}
-
-/// The current time on both clocks.
-pub fn now() -> TrackerTime {
-    // The monotonic clock is read first. If the thread is delayed between the two reads, the
-    // tracker's start seems later than it was. The other order would make it seem earlier, and
-    // statements from just before the start could be replayed.
-    let at = Instant::now();
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    TrackerTime { at, ms: since.as_millis() as u64 }
 }
 
 /// The call that a request makes.
@@ -472,7 +462,7 @@ impl Api {
             ApiError::new(400, format!("addr: required, as {why}"))
         })?;
         let claim = claim(&body.proof)?;
-        let now = now();
+        let now = TrackerTime::now();
         let known = self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         let signed = body.addr.as_deref().unwrap_or_default();
         verify(&body.proof, &SignedText::Announce { peer_id: id, port, addr: signed })?;
@@ -520,7 +510,7 @@ impl Api {
     /// Returns the reputation of an ID. Binds the ID to the claim's key, if there is one; the
     /// binding is durable when this returns. Blocks while the database is busy, for 10 s at most.
     fn bind_identity(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, ApiError> {
-        let refused = |refused| ApiError::from((refused, now()));
+        let refused = |refused| ApiError::from((refused, TrackerTime::now()));
         match claim {
             Some(claim) => match self.database.bind(id, claim.key)? {
                 BindOutcome::Bound(reputation) => Ok(reputation),
@@ -553,7 +543,7 @@ impl Api {
         let id = non_empty(&body.peer_id).ok_or_else(|| ApiError::new(400, "peer_id required"))?;
         check_peer_id("peer_id", id)?;
         let claim = claim(&body.proof)?;
-        let now = now();
+        let now = TrackerTime::now();
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         verify(&body.proof, &SignedText::Leave { peer_id: id })?;
         self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
@@ -580,7 +570,7 @@ impl Api {
             return Err(ApiError::new(400, "body: of a size that filters do not have"));
         }
         // All checks that need no body come first, so that refused uploads are not read.
-        let before = now();
+        let before = TrackerTime::now();
         self.table.may_publish(id, &claim, before).map_err(|e| (e, before))?;
         let uploads = self.uploads.fetch_add(1, Ordering::Relaxed);
         defer! {
@@ -599,7 +589,7 @@ impl Api {
                 "body: more bits are set than a filter of its size may have",
             ));
         }
-        let (now, bits) = (now(), filter.as_bytes().to_vec());
+        let (now, bits) = (TrackerTime::now(), filter.as_bytes().to_vec());
         self.table.publish(id, &claim, filter, now).map_err(|e| (e, now))?;
         self.database.record_filter(id, claim.timestamp, bits);
         log::debug!("{id} publishes a filter of {} bytes", request.body_len);
@@ -609,13 +599,13 @@ impl Api {
     fn lookup(&self, hash_part: &str) -> ApiResult {
         let hash_part =
             HashPart::parse(hash_part.as_bytes()).map_err(|e| ApiError::new(400, e.to_string()))?;
-        let found = self.table.lookup(&hash_part, now());
+        let found = self.table.lookup(&hash_part, TrackerTime::now());
         self.metrics.record_candidates(found.candidates.len());
         json(&found)
     }
 
     fn peers(&self) -> ApiResult {
-        let now = now();
+        let now = TrackerTime::now();
         let cached = self.cached_list.lock().clone();
         if let Some((at, body)) = cached.filter(|_| self.table.counts().peers > SHORT_LIST)
             && now.at.saturating_duration_since(at) < LIST_TTL
@@ -708,7 +698,7 @@ impl Api {
             return Err(ApiError::new(400, format!("bytes: more than {MAX_TRANSFER}")));
         }
         let claim = claim(&body.proof)?;
-        let now = now();
+        let now = TrackerTime::now();
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         verify(
             &body.proof,

@@ -1,7 +1,8 @@
 //! The durable state in SQLite: bound IDs, transfers, reputations, and the peers for a restart. Has
 //! no threads; [`crate::db_thread`] runs it.
 
-use crate::table::{PeerAddress, Reputation};
+use crate::reputation::Reputation;
+use crate::table::{PeerAddress, PersistedPeer};
 use peerix::wire::tracker::{MAX_PEER_ID, Role, TransferName};
 use ring::rand::{SecureRandom, SystemRandom};
 use rusqlite::{Connection, OptionalExtension, params};
@@ -150,21 +151,6 @@ pub enum ReportOutcome {
     SameSideAgain,
     /// The ID is bound to a key that has not signed the report.
     Unproven,
-}
-
-/// A peer that was live when the tracker stopped.
-#[derive(Debug)]
-pub struct PersistedPeer {
-    /// Its peer ID.
-    pub id: String,
-    /// Its announced address.
-    pub address: PeerAddress,
-    /// The key that its ID is bound to.
-    pub key: Option<[u8; 32]>,
-    /// Its reputation.
-    pub reputation: Reputation,
-    /// Its filter, with the timestamp of the request that published it, in milliseconds since 1970.
-    pub filter: Option<(u64, Vec<u8>)>,
 }
 
 /// The report of one side of a transfer.

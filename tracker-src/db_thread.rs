@@ -2,10 +2,9 @@
 //! only then answers. So an answered change survives a crash, and thousands of changes a second
 //! share a few hundred commits.
 
-use crate::database::{
-    BindOutcome, KnownIdentity, PersistedPeer, ReportOutcome, SideReport, TrackerDatabase,
-};
-use crate::table::{PeerAddress, Reputation, TrackerTable};
+use crate::database::{BindOutcome, KnownIdentity, ReportOutcome, SideReport, TrackerDatabase};
+use crate::reputation::Reputation;
+use crate::table::{PeerAddress, PersistedPeer, TrackerTable};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use peerix::lock::{Mutex, RwLock};
 use peerix::log_throttle::LogThrottle;
@@ -430,7 +429,7 @@ fn transact(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::TrackerTime;
+    use crate::clock::TrackerTime;
 
     /// Guards against a peer that announces itself between the sweep and the deletion of its row,
     /// and so is missing after a restart of the tracker.

@@ -19,12 +19,14 @@ mod address;
 mod api;
 mod bloom_index;
 mod cli;
+mod clock;
 mod database;
 mod db_thread;
 mod limits;
 mod meeting;
 mod metrics;
 mod reachability;
+mod reputation;
 mod run;
 mod table;
 

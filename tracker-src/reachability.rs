@@ -146,7 +146,7 @@ pub fn test(node: SocketAddr) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api;
+    use crate::clock::TrackerTime;
     use crate::table::PeerAddress;
 
     /// Guards against peers whose name servers do not answer, and which block all threads.
@@ -159,12 +159,12 @@ mod tests {
             }
             Vec::new()
         });
-        let table = Arc::new(TrackerTable::new(api::now(), 1 << 20));
+        let table = Arc::new(TrackerTable::new(TrackerTime::now(), 1 << 20));
         let announced = start(&table, names, || {}).unwrap();
         let reachable = |addr: &str| {
             let from = [203, 0, 113, 1].into();
             let at = PeerAddress { addr: addr.into(), port: 1, from };
-            table.announce(addr, at, None, None, None, api::now()).unwrap().reachable
+            table.announce(addr, at, None, None, None, TrackerTime::now()).unwrap().reachable
         };
         // One name fewer than are resolved at once.
         for n in 0..2 * THREADS {

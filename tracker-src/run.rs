@@ -1,7 +1,8 @@
 //! Starts the tracker's threads, waits for a signal, and stops them in order.
 
-use crate::api::{self, Api};
+use crate::api::Api;
 use crate::cli::Options;
+use crate::clock::TrackerTime;
 use crate::db_thread::DatabaseThread;
 use crate::reachability;
 use crate::table::TrackerTable;
@@ -46,7 +47,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let signals = service::watch_signals(move || drop(signal.try_send(TrackerWakeup::Signal)))
         .map_err(with_prefix("signals"))?;
 
-    let now = api::now();
+    let now = TrackerTime::now();
     let table = Arc::new(TrackerTable::new(now, options.filter_memory));
     let reputation_table = table.clone();
     let on_change = move |id: &str, reputation| reputation_table.set_reputation(id, reputation);
@@ -104,7 +105,7 @@ fn wait(
         }
         if last_sweep.elapsed() >= SWEEP_INTERVAL {
             last_sweep = Instant::now();
-            let gone = table.sweep(api::now());
+            let gone = table.sweep(TrackerTime::now());
             if !gone.is_empty() {
                 database.remove_live(gone, table.clone());
             }

@@ -3,7 +3,8 @@
 
 use crate::address;
 use crate::bloom_index::{BloomIndex, FilterPlace};
-use crate::database::PersistedPeer;
+use crate::clock::TrackerTime;
+use crate::reputation::Reputation;
 use peerix::lock::RwLock;
 use peerix::nix::HashPart;
 use peerix::time_scale::{Interval, Timeout};
@@ -56,45 +57,6 @@ const BEST_OTHERS: usize = MAX_OTHERS / 2;
 /// anybody can fill it for all peers.
 const MAX_REPLACED: usize = 4;
 
-/// The current time on two clocks.
-#[derive(Debug, Clone, Copy)]
-pub struct TrackerTime {
-    /// Monotonic clock, for intervals.
-    pub at: Instant,
-    /// System clock in milliseconds since 1970, for the times of signed requests.
-    pub ms: u64,
-}
-
-/// Totals of a peer's resolved transfers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Reputation {
-    /// Bytes sent.
-    pub shared: u64,
-    /// Bytes received.
-    pub received: u64,
-    /// Transfers on which both sides' reports agree.
-    pub successful: u64,
-    /// Transfers on which they do not agree.
-    pub failed: u64,
-}
-
-impl Reputation {
-    /// The score: ok / (ok + failed + 1) · ln(bytes shared + 1), as in the original. 0 without
-    /// transfers.
-    pub fn score(&self) -> f64 {
-        let (ok, failed) = (self.successful as f64, self.failed as f64);
-        if ok + failed == 0.0 {
-            return 0.0;
-        }
-        ok / (ok + failed + 1.0) * (self.shared as f64 + 1.0).ln()
-    }
-
-    /// The score rounded to four decimal places.
-    pub fn rounded_score(&self) -> f64 {
-        format!("{:.4}", self.score()).parse().unwrap_or_default()
-    }
-}
-
 /// Key and time of a signed request. The caller checks the signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
@@ -132,6 +94,21 @@ pub struct PeerAddress {
     pub port: u16,
     /// Source address of the announce.
     pub from: IpAddr,
+}
+
+/// A peer that was live when the tracker stopped.
+#[derive(Debug)]
+pub struct PersistedPeer {
+    /// Its peer ID.
+    pub id: String,
+    /// Its announced address.
+    pub address: PeerAddress,
+    /// The key that its ID is bound to.
+    pub key: Option<[u8; 32]>,
+    /// Its reputation.
+    pub reputation: Reputation,
+    /// Its filter, with the timestamp of the request that published it, in milliseconds since 1970.
+    pub filter: Option<(u64, Vec<u8>)>,
 }
 
 /// A row of `GET /peers`.
@@ -554,7 +531,7 @@ impl TrackerTable {
             }
             (peer.address, peer.last_seen_ms, peer.expires) =
                 (address, now.ms, now.at + PEER_TTL.get());
-            peer.reputation = newest(peer.reputation, stored_reputation.unwrap_or_default());
+            peer.reputation = peer.reputation.newest(stored_reputation.unwrap_or_default());
             outcome.has_moved = is_new || is_elsewhere;
             let interval = if peer.reachable == Some(true) {
                 REACH_TEST_INTERVAL
@@ -689,7 +666,7 @@ impl TrackerTable {
     pub fn set_reputation(&self, id: &str, reputation: Reputation) {
         let mut peers = self.peers.write();
         if let Some((slot, _)) = peers.peer(id) {
-            peers.change(slot, |peer| peer.reputation = newest(peer.reputation, reputation));
+            peers.change(slot, |peer| peer.reputation = peer.reputation.newest(reputation));
         }
     }
 
@@ -814,11 +791,6 @@ fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
         chosen.extend(more);
     }
     chosen.into_iter().collect()
-}
-
-/// Counts only grow, so the greater ones are newer. Updates may arrive in any order.
-fn newest(a: Reputation, b: Reputation) -> Reputation {
-    if b.successful + b.failed > a.successful + a.failed { b } else { a }
 }
 
 #[cfg(test)]
@@ -1257,18 +1229,5 @@ mod tests {
             table.publish("a", &by(1, now), filter(1), now).unwrap();
             assert_eq!(table.bits_per_path(), wanted, "one of {blocks} blocks is used");
         }
-    }
-
-    /// Values printed by the original for the same counts.
-    #[test]
-    fn scores_are_those_of_the_original() {
-        let of = |shared, successful, failed| {
-            Reputation { shared, received: 9, successful, failed }.rounded_score()
-        };
-        assert_eq!(of(0, 0, 0), 0.0);
-        assert_eq!(of(1000, 1, 1), 2.3029);
-        assert_eq!(of(123_456_789, 7, 2), 13.042);
-        assert_eq!(of(1 << 44, 1, 0), 15.2492);
-        assert_eq!(of(0, 3, 0), 0.0);
     }
 }
