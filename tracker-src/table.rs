@@ -1,100 +1,28 @@
 //! The live peers: their addresses, filters, reputations, and the times of their last signed
 //! requests. All in memory. No I/O; the time is passed in.
+//!
+//! `peers` stores what `peer` describes, `identities` decides which requests are accepted, and
+//! `candidates` chooses the peers for an answer.
 
-use crate::address;
-use crate::bloom_index::{BloomIndex, FilterPlace};
+mod candidates;
+mod identities;
+mod peer;
+mod peers;
+
+use crate::bloom_index::BloomIndex;
 use crate::clock::TrackerTime;
 use crate::reputation::Reputation;
+use identities::Identities;
+pub use identities::{Claim, ClaimRefusal};
+pub use peer::PeerAddress;
+use peer::{PEER_TTL, PublishedFilter, Reachability};
 use peerix::lock::RwLock;
 use peerix::nix::HashPart;
-use peerix::time_scale::{Interval, Timeout};
 use peerix::wire::filter::{BloomFilter, MAX_BITS_PER_PATH, MIN_BITS_PER_PATH};
-use peerix::wire::tracker::{Candidate, CandidateList, MAX_CANDIDATES, MAX_OTHERS};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use peerix::wire::tracker::CandidateList;
+use peers::Peers;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// Lifetime of an announce, as in the original. Peers announce themselves every 60 s.
-pub const PEER_TTL: Timeout = Timeout::from_secs(120);
-
-/// Maximum number of peers, about 150 MB without their filters. At the bound, new peers are
-/// refused.
-pub const MAX_PEERS: usize = 262_144;
-
-/// Maximum number of bound IDs in memory: live ones, and those whose last signed request could
-/// still be replayed. At the bound, signed requests of further IDs are refused.
-const MAX_KNOWN_IDENTITIES: usize = 2 * MAX_PEERS;
-
-/// Maximum difference in milliseconds between a signed request's time and the tracker's clock.
-/// Machines without a time service drift by less in a month, and refusals contain the tracker's
-/// time. Requests beyond the bound are refused.
-pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
-
-/// Interval between reachability tests of a peer that was reached: 28 tests a second for 100,000
-/// peers. A changed address is tested at once.
-const REACH_TEST_INTERVAL: Interval = Interval::from_secs(3600);
-/// Interval between reachability tests of a peer that was not reached, or whose test was skipped.
-const REACH_RETRY_INTERVAL: Interval = Interval::from_secs(600);
-
-/// Maximum number of peers without a filter that a lookup examines for networks that it does not
-/// list yet.
-const MAX_EXAMINED: usize = 256;
-
-/// Milliseconds of a day. The database is told once a day that an ID is in use.
-const DAY_MS: u64 = 24 * 3600 * 1000;
-
-/// Minimum interval between two filters of a peer; earlier ones are refused. Nodes wait 30 s, which
-/// the network's delays may shorten.
-pub const FILTER_INTERVAL: Interval = Interval::from_secs(25);
-
-/// Number of best peers among those without a filter in an answer. The other places rotate, so that
-/// new peers without reputation are asked, too.
-const BEST_OTHERS: usize = MAX_OTHERS / 2;
-
-/// Maximum number of earlier instances that are remembered of one peer. Of more machines with one
-/// identity that announce themselves in turn, none is noticed. The least that a queue allocates;
-/// anybody can fill it for all peers.
-const MAX_REPLACED: usize = 4;
-
-/// Key and time of a signed request. The caller checks the signature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Claim {
-    /// The ed25519 public key.
-    pub key: [u8; 32],
-    /// Time of the request according to the node, in milliseconds since 1970.
-    pub timestamp: u64,
-}
-
-/// Why a request is refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ClaimRefusal {
-    /// The ID is bound to a key, and the request is not signed.
-    Bound,
-    /// The ID is bound to another key.
-    OtherKey,
-    /// The request's time is out of range, for this reason.
-    Time(&'static str),
-    /// The peer is not live, or has no key.
-    NotHere,
-    /// The request is not signed, and came from another address than the announce.
-    OtherAddress,
-    /// Too soon after the last filter; the time left to wait.
-    TooSoon(Duration),
-    /// A table or the filter memory is full.
-    Full,
-}
-
-/// The announced address of a peer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PeerAddress {
-    /// Address or host name.
-    pub addr: String,
-    /// Port for HTTP (TCP) and queries (UDP).
-    pub port: u16,
-    /// Source address of the announce.
-    pub from: IpAddr,
-}
 
 /// A peer that was live when the tracker stopped.
 #[derive(Debug)]
@@ -153,215 +81,38 @@ pub struct TableCounts {
     pub filter_bytes: usize,
 }
 
-struct PublishedFilter {
-    place: FilterPlace,
-    timestamp: u64,
-    /// When the filter was published; `None` if that was before the tracker's start.
-    at: Option<Instant>,
-}
-
-struct PeerEntry {
-    id: Arc<str>,
-    address: PeerAddress,
-    last_seen_ms: u64,
-    expires: Instant,
-    reputation: Reputation,
-    /// Sequence number; newer peers have greater ones.
-    sequence: u64,
-    published: Option<PublishedFilter>,
-    reachable: Option<bool>,
-    last_reach_test: Option<Instant>,
-    /// Random number of the node's start, from its last announce.
-    instance: Option<u64>,
-    /// Earlier instances and when another one replaced each, the latest last.
-    replaced: VecDeque<(u64, Instant)>,
-}
-
-impl PeerEntry {
-    fn new(id: Arc<str>, address: PeerAddress, sequence: u64, now: TrackerTime) -> PeerEntry {
-        PeerEntry {
-            id,
-            address,
-            last_seen_ms: now.ms,
-            expires: now.at + PEER_TTL.get(),
-            reputation: Reputation::default(),
-            sequence,
-            published: None,
-            reachable: None,
-            last_reach_test: None,
-            instance: None,
-            replaced: VecDeque::new(),
-        }
-    }
-
-    /// Sort key: reachable peers first, then the best score, then the oldest peer.
-    fn rank(&self, slot: u32) -> CandidateRank {
-        // Non-negative floats sort like their bits.
-        (self.class(), !self.reputation.score().to_bits(), self.sequence, slot)
-    }
-
-    /// Reachable peers sort before untested ones, and those before unreachable ones.
-    fn class(&self) -> u8 {
-        match self.reachable {
-            Some(true) => 0,
-            None => 1,
-            Some(false) => 2,
-        }
-    }
-
-    /// The network of the announced IP address, or of the announce's source if a host name was
-    /// announced.
-    fn network(&self) -> u128 {
-        address::network(self.address.addr.parse().unwrap_or(self.address.from))
-    }
-
-    /// Records the instance of an announce. Returns the address of another machine with the same
-    /// identity if this instance was replaced before: after a restart, the old instance does not
-    /// come back.
-    fn record_instance(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
-        let instance = instance?;
-        self.replaced.retain(|(_, at)| now < *at + 2 * PEER_TTL.get());
-        if self.replaced.is_empty() {
-            self.replaced.shrink_to_fit();
-        }
-        let last = self.instance.replace(instance).filter(|last| *last != instance)?;
-        let is_back = self.replaced.iter().any(|(id, _)| *id == instance);
-        self.replaced.retain(|(id, _)| *id != instance);
-        if self.replaced.len() >= MAX_REPLACED {
-            self.replaced.pop_front();
-        }
-        self.replaced.push_back((last, now));
-        is_back.then_some(self.address.from)
-    }
-
-    fn candidate(&self) -> Candidate {
-        Candidate {
-            peer_id: self.id.to_string(),
-            addr: self.address.addr.clone(),
-            port: self.address.port,
-            score: self.reputation.rounded_score(),
-        }
-    }
-}
-
-type CandidateRank = (u8, u64, u64, u32);
-
-/// A bound ID, known from a signed request.
-#[derive(Debug, Clone, Copy)]
-struct BoundIdentity {
-    key: [u8; 32],
-    /// Time of its last signed request, in milliseconds since 1970.
-    timestamp: u64,
-    /// The last day, counted from 1970, on which the database was told that the ID is in use.
-    day: u64,
-}
-
-#[derive(Default)]
-struct Peers {
-    slots: Vec<Option<PeerEntry>>,
-    free: Vec<u32>,
-    by_id: HashMap<Arc<str>, u32>,
-    identities: HashMap<Arc<str>, BoundIdentity>,
-    /// All peers, best first.
-    ranked: BTreeSet<CandidateRank>,
-    /// Peers without a filter, best first.
-    others: BTreeSet<CandidateRank>,
-    /// Peers without a filter by sequence number, the order in which they take turns.
-    turns: BTreeMap<u64, u32>,
-    with_filter: usize,
-    next_sequence: u64,
-}
-
-impl Peers {
-    fn peer(&self, id: &str) -> Option<(u32, &PeerEntry)> {
-        let slot = *self.by_id.get(id)?;
-        Some((slot, self.slots.get(slot as usize)?.as_ref()?))
-    }
-
-    fn live(&self, slot: u32, now: Instant) -> Option<&PeerEntry> {
-        self.slots.get(slot as usize)?.as_ref().filter(|peer| peer.expires > now)
-    }
-
-    /// Changes a peer, and updates the sorted sets and counts.
-    fn change(&mut self, slot: u32, change: impl FnOnce(&mut PeerEntry)) {
-        let Some(Some(peer)) = self.slots.get_mut(slot as usize) else { return };
-        let (old, had_filter) = (peer.rank(slot), peer.published.is_some());
-        change(peer);
-        let (new, has_filter) = (peer.rank(slot), peer.published.is_some());
-        if old != new {
-            self.ranked.remove(&old);
-            self.ranked.insert(new);
-        }
-        if (old, had_filter) != (new, has_filter) {
-            self.others.remove(&old);
-            self.turns.remove(&old.2);
-            if !has_filter {
-                self.others.insert(new);
-                self.turns.insert(new.2, slot);
-            }
-        }
-        self.with_filter = self.with_filter + usize::from(has_filter) - usize::from(had_filter);
-    }
-
-    fn insert(&mut self, peer: PeerEntry) -> Result<u32, ClaimRefusal> {
-        if self.by_id.len() >= MAX_PEERS {
-            return Err(ClaimRefusal::Full);
-        }
-        let slot = self.free.pop().unwrap_or(self.slots.len() as u32);
-        if slot as usize == self.slots.len() {
-            self.slots.push(None);
-        }
-        self.by_id.insert(peer.id.clone(), slot);
-        self.ranked.insert(peer.rank(slot));
-        self.others.insert(peer.rank(slot));
-        self.turns.insert(peer.sequence, slot);
-        self.slots[slot as usize] = Some(peer);
-        Ok(slot)
-    }
-
-    fn remove(&mut self, slot: u32) -> Option<PeerEntry> {
-        let peer = self.slots.get_mut(slot as usize)?.take()?;
-        self.free.push(slot);
-        self.by_id.remove(&peer.id);
-        self.ranked.remove(&peer.rank(slot));
-        self.others.remove(&peer.rank(slot));
-        self.turns.remove(&peer.sequence);
-        self.with_filter -= usize::from(peer.published.is_some());
-        Some(peer)
-    }
+/// What the table's lock protects.
+struct TableState {
+    peers: Peers,
+    identities: Identities,
 }
 
 /// The table of live peers. Shared by all threads.
 pub struct TrackerTable {
-    /// Signed requests from before this time are refused, as a former process may have accepted
-    /// them.
-    start: TrackerTime,
-    peers: RwLock<Peers>,
+    state: RwLock<TableState>,
     bloom_index: BloomIndex,
 }
 
 impl TrackerTable {
-    /// Creates an empty table with at most `filter_memory` bytes of filters.
+    /// Creates the empty table of a tracker that starts now, with at most `filter_memory` bytes of
+    /// filters.
     pub fn new(now: TrackerTime, filter_memory: usize) -> Self {
-        TrackerTable {
-            start: now,
-            peers: RwLock::default(),
-            bloom_index: BloomIndex::new(filter_memory),
-        }
+        let state = TableState { peers: Peers::default(), identities: Identities::new(now) };
+        TrackerTable { state: RwLock::new(state), bloom_index: BloomIndex::new(filter_memory) }
     }
 
     /// Adds a peer that was live when the tracker stopped. Its next signed request must be later
     /// than this start, so that nobody can replay its old ones.
     pub fn restore(&self, persisted: PersistedPeer, now: TrackerTime) {
-        let (editor, mut peers) = (self.bloom_index.edit(), self.peers.write());
-        let id: Arc<str> = persisted.id.into();
-        let peer = PeerEntry::new(id.clone(), persisted.address, peers.next_sequence, now);
-        let Ok(slot) = peers.insert(PeerEntry { reputation: persisted.reputation, ..peer }) else {
+        let (editor, mut state) = (self.bloom_index.edit(), self.state.write());
+        let TableState { peers, identities } = &mut *state;
+        if peers.is_full() {
             return;
-        };
-        peers.next_sequence += 1;
+        }
+        let id: Arc<str> = persisted.id.into();
+        let slot = peers.insert(id.clone(), persisted.address, persisted.reputation, now);
         let Some(key) = persisted.key else { return };
-        peers.identities.insert(id, BoundIdentity { key, timestamp: 0, day: now.ms / DAY_MS });
+        identities.restore(id, key, now);
         let filter = persisted
             .filter
             .and_then(|(timestamp, bits)| Some((timestamp, BloomFilter::parse(bits).ok()?)));
@@ -388,17 +139,17 @@ impl TrackerTable {
 
     /// Records the result of a reachability test, unless the peer's address has changed since.
     pub fn set_reachable(&self, id: &str, at: (&str, u16), reachable: bool) {
-        let mut peers = self.peers.write();
+        let peers = &mut self.state.write().peers;
         if let Some((slot, peer)) = peers.peer(id)
             && (&*peer.address.addr, peer.address.port) == at
         {
-            peers.change(slot, |peer| peer.reachable = Some(reachable));
+            peers.change(slot, |peer| peer.reachability.reachable = Some(reachable));
         }
     }
 
     /// Returns true if the peer is in the table, even if it has expired and is not swept yet.
     pub fn contains(&self, id: &str) -> bool {
-        self.peers.read().by_id.contains_key(id)
+        self.state.read().peers.contains(id)
     }
 
     /// Checks everything about a request that does not need its signature. Returns true if the peer
@@ -412,77 +163,10 @@ impl TrackerTable {
         claim: Option<&Claim>,
         now: TrackerTime,
     ) -> Result<bool, ClaimRefusal> {
-        let peers = self.peers.read();
-        self.check_claim(&peers, id, claim, now)?;
-        let is_here = peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
-        Ok(is_here && (claim.is_none() || peers.identities.contains_key(id)))
-    }
-
-    fn check_claim(
-        &self,
-        peers: &Peers,
-        id: &str,
-        claim: Option<&Claim>,
-        now: TrackerTime,
-    ) -> Result<(), ClaimRefusal> {
-        let identity = peers.identities.get(id);
-        match (identity, claim) {
-            (Some(_), None) => return Err(ClaimRefusal::Bound),
-            (Some(identity), Some(claim)) if identity.key != claim.key => {
-                return Err(ClaimRefusal::OtherKey);
-            }
-            _ => {}
-        }
-        let Some(claim) = claim else { return Ok(()) };
-        if claim.timestamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
-            return Err(ClaimRefusal::Time(
-                "timestamp: not within 5 minutes of the tracker's clock",
-            ));
-        }
-        // Computed from the current clock, which may have been set since the start.
-        let running = now.at.saturating_duration_since(self.start.at).as_millis() as u64;
-        if claim.timestamp < now.ms.saturating_sub(running) {
-            return Err(ClaimRefusal::Time("timestamp: earlier than the tracker's start"));
-        }
-        // The clock may have been set back. Requests signed with later times are now out of range,
-        // so they cannot be replayed, and must not block the node's new ones.
-        let last = identity
-            .map(|identity| identity.timestamp)
-            .filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
-        if last.is_some_and(|last| claim.timestamp <= last) {
-            return Err(ClaimRefusal::Time("timestamp: not later than the last one"));
-        }
-        Ok(())
-    }
-
-    /// Stores the claim's time as that of the ID's last signed request.
-    fn record_claim(
-        &self,
-        peers: &mut Peers,
-        id: &str,
-        claim: Option<&Claim>,
-        now: TrackerTime,
-    ) -> Result<(), ClaimRefusal> {
-        // Checked again, as another request may have arrived while the signature was checked.
-        self.check_claim(peers, id, claim, now)?;
-        let Some(claim) = claim else { return Ok(()) };
-        let known = peers.identities.len();
-        match peers.identities.get_mut(id) {
-            Some(known) => known.timestamp = claim.timestamp,
-            None if known >= MAX_KNOWN_IDENTITIES => return Err(ClaimRefusal::Full),
-            None => {
-                let id = peers.peer(id).map_or_else(|| id.into(), |(_, peer)| peer.id.clone());
-                peers.identities.insert(
-                    id,
-                    BoundIdentity {
-                        key: claim.key,
-                        timestamp: claim.timestamp,
-                        day: now.ms / DAY_MS,
-                    },
-                );
-            }
-        }
-        Ok(())
+        let TableState { peers, identities } = &*self.state.read();
+        identities.check(id, claim, now)?;
+        let is_live = peers.live_peer(id, now.at).is_some();
+        Ok(is_live && (claim.is_none() || identities.contains(id)))
     }
 
     /// Adds or renews a peer. The caller has checked the claim's signature and that the ID is bound
@@ -499,51 +183,36 @@ impl TrackerTable {
         stored_reputation: Option<Reputation>,
         now: TrackerTime,
     ) -> Result<AnnounceOutcome, ClaimRefusal> {
-        let mut peers = self.peers.write();
-        if !peers.by_id.contains_key(id) && peers.by_id.len() >= MAX_PEERS {
+        let TableState { peers, identities } = &mut *self.state.write();
+        let present = peers.peer(id);
+        if present.is_none() && peers.is_full() {
             return Err(ClaimRefusal::Full);
         }
-        self.record_claim(&mut peers, id, claim, now)?;
-        let today = now.ms / DAY_MS;
-        let first_today = peers
-            .identities
-            .get_mut(id)
-            .is_some_and(|identity| std::mem::replace(&mut identity.day, today) != today);
-        let is_new = !peers.by_id.contains_key(id);
-        let slot = match peers.peer(id) {
+        identities.record(id, claim, now, || {
+            present.map_or_else(|| id.into(), |(_, peer)| peer.id.clone())
+        })?;
+        let first_today = identities.record_day(id, now);
+        let is_new = present.is_none();
+        let slot = match present {
             Some((slot, _)) => slot,
             None => {
-                let sequence = peers.next_sequence;
-                peers.next_sequence += 1;
-                let id = peers
-                    .identities
-                    .get_key_value(id)
-                    .map_or_else(|| id.into(), |(id, _)| id.clone());
-                peers.insert(PeerEntry::new(id, address.clone(), sequence, now))?
+                let id = identities.shared_id(id).unwrap_or_else(|| id.into());
+                peers.insert(id, address.clone(), Reputation::default(), now)
             }
         };
         let mut outcome = AnnounceOutcome { first_today, ..AnnounceOutcome::default() };
         peers.change(slot, |peer| {
             let is_elsewhere = peer.address != address;
-            outcome.also_at = peer.record_instance(instance, now.at);
+            outcome.has_moved = is_new || is_elsewhere;
+            outcome.also_at = peer.instances.record(instance, now.at).then_some(peer.address.from);
             if is_elsewhere {
-                (peer.reachable, peer.last_reach_test) = (None, None);
+                peer.reachability = Reachability::default();
             }
             (peer.address, peer.last_seen_ms, peer.expires) =
                 (address, now.ms, now.at + PEER_TTL.get());
             peer.reputation = peer.reputation.newest(stored_reputation.unwrap_or_default());
-            outcome.has_moved = is_new || is_elsewhere;
-            let interval = if peer.reachable == Some(true) {
-                REACH_TEST_INTERVAL
-            } else {
-                REACH_RETRY_INTERVAL
-            };
-            outcome.needs_reach_test =
-                peer.last_reach_test.is_none_or(|at| now.at >= at + interval.get());
-            if outcome.needs_reach_test {
-                peer.last_reach_test = Some(now.at);
-            }
-            outcome.reachable = peer.reachable;
+            outcome.needs_reach_test = peer.reachability.request_due_test(now.at);
+            outcome.reachable = peer.reachability.reachable;
             outcome.filter = peer.published.as_ref().map(|published| published.timestamp);
         });
         Ok(outcome)
@@ -560,9 +229,9 @@ impl TrackerTable {
         claim: &Claim,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        let mut peers = self.peers.write();
-        if peers.identities.contains_key(id) {
-            self.record_claim(&mut peers, id, Some(claim), now)
+        let identities = &mut self.state.write().identities;
+        if identities.contains(id) {
+            identities.record(id, Some(claim), now, || id.into())
         } else {
             Ok(())
         }
@@ -580,19 +249,16 @@ impl TrackerTable {
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
         let editor = self.bloom_index.edit();
-        let mut peers = self.peers.write();
-        let (slot, peer) = peers
-            .peer(id)
-            .filter(|(_, peer)| peer.expires > now.at)
-            .ok_or(ClaimRefusal::NotHere)?;
+        let TableState { peers, identities } = &mut *self.state.write();
+        let (slot, peer) = peers.live_peer(id, now.at).ok_or(ClaimRefusal::NotHere)?;
         if claim.is_none() && peer.address.from != from {
-            self.check_claim(&peers, id, claim, now)?;
+            identities.check(id, claim, now)?;
             return Err(ClaimRefusal::OtherAddress);
         }
-        if claim.is_some() && !peers.identities.contains_key(id) {
+        if claim.is_some() && !identities.contains(id) {
             return Err(ClaimRefusal::OtherKey);
         }
-        self.record_claim(&mut peers, id, claim, now)?;
+        identities.record(id, claim, now, || id.into())?;
         if let Some(published) = peers.remove(slot).and_then(|peer| peer.published) {
             editor.remove(slot, published.place);
         }
@@ -609,24 +275,14 @@ impl TrackerTable {
         claim: &Claim,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        let peers = self.peers.read();
-        let (_, peer) = peers
-            .peer(id)
-            .filter(|(_, peer)| peer.expires > now.at)
-            .ok_or(ClaimRefusal::NotHere)?;
-        if !peers.identities.contains_key(id) {
+        let TableState { peers, identities } = &*self.state.read();
+        let (_, peer) = peers.live_peer(id, now.at).ok_or(ClaimRefusal::NotHere)?;
+        if !identities.contains(id) {
             return Err(ClaimRefusal::NotHere);
         }
-        self.check_claim(&peers, id, Some(claim), now)?;
-        let passed =
-            |published: &PublishedFilter| Some(now.at.saturating_duration_since(published.at?));
-        match peer
-            .published
-            .as_ref()
-            .and_then(passed)
-            .filter(|passed| *passed < FILTER_INTERVAL.get())
-        {
-            Some(passed) => Err(ClaimRefusal::TooSoon(FILTER_INTERVAL.get() - passed)),
+        identities.check(id, Some(claim), now)?;
+        match peer.published.as_ref().and_then(|published| published.time_to_next(now.at)) {
+            Some(wait) => Err(ClaimRefusal::TooSoon(wait)),
             None => Ok(()),
         }
     }
@@ -646,25 +302,21 @@ impl TrackerTable {
         let editor = self.bloom_index.edit();
         self.may_publish(id, claim, now)?;
         let (slot, last) = {
-            let peers = self.peers.read();
+            let peers = &self.state.read().peers;
             let (slot, peer) = peers.peer(id).ok_or(ClaimRefusal::NotHere)?;
             (slot, peer.published.as_ref().map(|published| published.place))
         };
         let place = editor.set(slot, last, filter).ok_or(ClaimRefusal::Full)?;
-        let mut peers = self.peers.write();
+        let TableState { peers, identities } = &mut *self.state.write();
         let published = PublishedFilter { place, timestamp: claim.timestamp, at: Some(now.at) };
         peers.change(slot, |peer| peer.published = Some(published));
-        // An announce with a later time may have arrived meanwhile. Then its time stays, and the
-        // filter is stored all the same.
-        if let Some(identity) = peers.identities.get_mut(id) {
-            identity.timestamp = identity.timestamp.max(claim.timestamp);
-        }
+        identities.record_filter_time(id, claim.timestamp);
         Ok(())
     }
 
     /// Updates the reputation of a live peer after a transfer. Older counts are ignored.
     pub fn set_reputation(&self, id: &str, reputation: Reputation) {
-        let mut peers = self.peers.write();
+        let peers = &mut self.state.write().peers;
         if let Some((slot, _)) = peers.peer(id) {
             peers.change(slot, |peer| peer.reputation = peer.reputation.newest(reputation));
         }
@@ -674,129 +326,72 @@ impl TrackerTable {
     pub fn lookup(&self, hash_part: &HashPart, now: TrackerTime) -> CandidateList {
         let found = self.bloom_index.find(hash_part);
         let (salt, turn) = hash_part.prefixes();
-        let peers = self.peers.read();
-        // Number of peers of each class and network so far. Each network gets one place before any
-        // gets a second.
-        let mut network_counts: HashMap<(u8, u128), u32> = HashMap::new();
-        let mut ranked: Vec<(u8, u64, u64, u32)> = found
-            .into_iter()
-            .filter_map(|slot| {
-                let peer = peers.live(slot, now.at)?;
-                // The order of peers with equal scores depends on the path, so that they share the
-                // load.
-                let tie_break = (peer.sequence ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                Some((peer.class(), !peer.reputation.score().to_bits(), tie_break, slot))
-            })
-            .collect();
-        ranked.sort_unstable();
-        let mut ordered: Vec<((u8, u32), u32)> = Vec::with_capacity(ranked.len());
-        for (class, _, _, slot) in ranked {
-            let Some(peer) = peers.live(slot, now.at) else { continue };
-            let round = network_counts.entry((class, peer.network())).or_default();
-            ordered.push(((class, *round), slot));
-            *round += 1;
+        let peers = &self.state.read().peers;
+        CandidateList {
+            candidates: candidates::with_path(peers, found, salt, now.at),
+            others: candidates::others(peers, turn, now.at),
         }
-        ordered.sort_by_key(|(turn, _)| *turn);
-        let candidate = |slot: u32| peers.live(slot, now.at).map(PeerEntry::candidate);
-        let candidates =
-            ordered.iter().take(MAX_CANDIDATES).filter_map(|(_, slot)| candidate(*slot)).collect();
-        let others =
-            others(&peers, turn, now).iter().filter_map(|rank| candidate(rank.3)).collect();
-        CandidateList { candidates, others }
     }
 
     /// Returns the best `max` live peers.
     pub fn best_peers(&self, max: usize, now: TrackerTime) -> Vec<PeerRow> {
-        let peers = self.peers.read();
-        let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
-        live.take(max)
-            .map(|peer| PeerRow {
-                peer_id: peer.id.clone(),
-                address: peer.address.clone(),
-                last_seen_ms: peer.last_seen_ms,
-                reputation: peer.reputation,
-            })
-            .collect()
+        let peers = &self.state.read().peers;
+        let best = peers.best(now.at).take(max);
+        best.map(|peer| PeerRow {
+            peer_id: peer.id.clone(),
+            address: peer.address.clone(),
+            last_seen_ms: peer.last_seen_ms,
+            reputation: peer.reputation,
+        })
+        .collect()
     }
 
     /// Removes expired peers, and IDs whose last signed request can no longer be replayed. Returns
     /// the IDs of the removed peers.
     pub fn sweep(&self, now: TrackerTime) -> Vec<Arc<str>> {
         let mut ids = Vec::new();
-        let gone: Vec<u32> = {
-            let peers = self.peers.read();
-            let expired = |peer: &PeerEntry| peer.expires <= now.at;
-            (0u32..)
-                .zip(&peers.slots)
-                .filter(|(_, p)| p.as_ref().is_some_and(expired))
-                .map(|(slot, _)| slot)
-                .collect()
-        };
+        let expired = self.state.read().peers.expired(now.at);
         // In chunks, so that lookups are not blocked for long.
-        for some in gone.chunks(256) {
+        for slots in expired.chunks(256) {
             let editor = self.bloom_index.edit();
-            let mut peers = self.peers.write();
-            for slot in some {
+            let peers = &mut self.state.write().peers;
+            for slot in slots {
                 // The peer may have announced itself since.
-                let peer =
-                    if peers.live(*slot, now.at).is_none() { peers.remove(*slot) } else { None };
-                let Some(peer) = peer else { continue };
+                if peers.live(*slot, now.at).is_some() {
+                    continue;
+                }
+                let Some(peer) = peers.remove(*slot) else { continue };
                 ids.push(peer.id);
                 if let Some(published) = peer.published {
                     editor.remove(*slot, published.place);
                 }
             }
         }
-        let stale =
-            |identity: &BoundIdentity| identity.timestamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
-        let mut peers = self.peers.write();
-        let Peers { identities, by_id, .. } = &mut *peers;
-        identities.retain(|id, identity| by_id.contains_key(id) || !stale(identity));
+        let TableState { peers, identities } = &mut *self.state.write();
+        identities.sweep(now, |id| peers.contains(id));
         ids
     }
 
     /// The sizes of the table.
     pub fn counts(&self) -> TableCounts {
-        let peers = self.peers.read();
+        let peers = &self.state.read().peers;
         TableCounts {
-            peers: peers.by_id.len(),
-            with_filter: peers.with_filter,
+            peers: peers.len(),
+            with_filter: peers.with_filter(),
             filter_bytes: self.bloom_index.bytes(),
         }
     }
 }
 
-/// Selects peers without a filter: the best ones, and some that the path determines. Each network
-/// gets one place before any gets a second.
-fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
-    let best = || peers.others.iter().copied().filter(|rank| peers.live(rank.3, now.at).is_some());
-    if peers.others.len() <= MAX_OTHERS {
-        return best().collect();
-    }
-    let from = turn % peers.next_sequence.max(1);
-    let rank = |(_, slot): (&u64, &u32)| Some(peers.live(*slot, now.at)?.rank(*slot));
-    let turns = || peers.turns.range(from..).chain(&peers.turns).filter_map(rank);
-    let mut networks = HashSet::new();
-    let mut is_new = |rank: &CandidateRank| {
-        peers.live(rank.3, now.at).is_some_and(|peer| networks.insert(peer.network()))
-    };
-    let mut chosen: BTreeSet<CandidateRank> =
-        best().take(MAX_EXAMINED).filter(&mut is_new).take(BEST_OTHERS).collect();
-    chosen.extend(turns().take(MAX_EXAMINED).filter(&mut is_new).take(MAX_OTHERS - chosen.len()));
-    for some in [best().take(BEST_OTHERS).collect::<Vec<_>>(), turns().take(MAX_EXAMINED).collect()]
-    {
-        let left = MAX_OTHERS.saturating_sub(chosen.len());
-        let more: Vec<CandidateRank> =
-            some.into_iter().filter(|rank| !chosen.contains(rank)).take(left).collect();
-        chosen.extend(more);
-    }
-    chosen.into_iter().collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::identities::CLOCK_SKEW_MS;
+    use super::peer::{FILTER_INTERVAL, REACH_RETRY_INTERVAL, REACH_TEST_INTERVAL};
     use super::*;
     use peerix::nix::nix32;
+    use peerix::wire::tracker::{Candidate, MAX_CANDIDATES, MAX_OTHERS};
+    use std::collections::BTreeSet;
+    use std::time::{Duration, Instant};
 
     /// The start time of all tests, on both clocks.
     fn start() -> TrackerTime {
@@ -890,7 +485,7 @@ mod tests {
             let again = table.announce("a", at(1), Some(&said), None, None, now);
             assert!(matches!(again, Err(ClaimRefusal::Time(_))), "after {seconds} s: {again:?}");
         }
-        assert!(table.peers.read().identities.is_empty(), "and then it is forgotten");
+        assert!(!table.state.read().identities.contains("a"), "and then it is forgotten");
     }
 
     #[test]
@@ -1017,14 +612,13 @@ mod tests {
         // Updates that arrive late are ignored.
         table.set_reputation("150", good(5));
         assert_eq!(listed(1), ["150"]);
-        let ranks = table.peers.read().ranked.len();
-        assert_eq!(
-            (ranks, table.peers.read().others.len(), table.peers.read().turns.len()),
-            (200, 200, 200)
-        );
+        let sizes = || {
+            let peers = &table.state.read().peers;
+            (peers.ranked.len(), peers.others.len(), peers.turns.len())
+        };
+        assert_eq!(sizes(), (200, 200, 200));
         table.sweep(after(start, 120));
-        let peers = table.peers.read();
-        assert!(peers.ranked.is_empty() && peers.others.is_empty() && peers.turns.is_empty());
+        assert_eq!(sizes(), (0, 0, 0));
     }
 
     #[test]
@@ -1142,7 +736,8 @@ mod tests {
             let claim = by(1, now);
             table.announce("a", at(1), Some(&claim), Some(instance), None, now).unwrap();
         }
-        let capacity = || table.peers.read().peer("a").unwrap().1.replaced.capacity();
+        let capacity =
+            || table.state.read().peers.peer("a").unwrap().1.instances.replaced.capacity();
         assert!((1..=4).contains(&capacity()), "{} entries", capacity());
         // The peer lives on, and its entries expire.
         for seconds in [1099, 1199, 1299] {
