@@ -1,17 +1,17 @@
 //! The durable state in SQLite: bound IDs, transfers, reputations, and the peers for a restart. Has
 //! no threads; [`crate::db_thread`] runs it.
 
+mod schema;
+mod transfer;
+
 use crate::reputation::Reputation;
 use crate::table::{PeerAddress, PersistedPeer};
-use peerix::wire::tracker::{MAX_PEER_ID, Role, TransferName};
-use ring::rand::{SecureRandom, SystemRandom};
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Result, params};
+use schema::MAX_COLUMN;
 use std::collections::HashSet;
 use std::path::Path;
-use std::time::Duration;
-
-/// Version of the schema, stored as `user_version`. The original's databases have 0.
-const SCHEMA_VERSION: i64 = 2;
+use transfer::StoredTransfer;
+pub use transfer::{ReportOutcome, SideReport};
 
 /// Maximum number of bound IDs, about 200 MB. At the bound, no further ID is bound until others are
 /// forgotten.
@@ -38,81 +38,11 @@ const MAX_TRANSFERS: u64 = 4_000_000;
 /// takes. Reputations have counted those with both reports, and a later report of them is refused
 /// in any case.
 const TRANSFER_TTL_SECONDS: i64 = 2 * 3600;
-/// Two reports agree if they differ by at most one part in this many of the greater: 5 %.
-const TOLERANCE_DIVISOR: u64 = 20;
 
 /// Transfers examined in one pruning step, which takes some milliseconds.
 const MAX_PRUNED_TRANSFERS: i64 = 2_000;
 /// Maximum number of IDs or reputations deleted in one pruning step.
 const MAX_PRUNED_ROWS: i64 = 500;
-
-/// Maximum wait for another process to release the database, such as a tracker that is stopping.
-/// After it, opening fails.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Largest number that a column holds. Sums are capped here.
-const MAX_COLUMN: u64 = i64::MAX as u64;
-
-const TABLES: &str = "
-    create table if not exists transfers (
-        id integer primary key autoincrement,
-        sender_id text not null,
-        receiver_id text not null,
-        sender_bytes integer,
-        receiver_bytes integer,
-        sender_confirmed integer default 0,
-        receiver_confirmed integer default 0,
-        resolved integer default 0,
-        created_at real not null
-    );
-    create table if not exists reputation (
-        peer_id text primary key,
-        total_shared integer default 0,
-        total_received integer default 0,
-        successful_transfers integer default 0,
-        failed_transfers integer default 0
-    );
-    alter table reputation add column changed_day integer not null default 0;
-    create table identities (
-        peer_id text primary key,
-        public_key blob not null,
-        seen_day integer not null
-    ) without rowid;
-    create index identities_seen on identities (seen_day);
-    create table meta (key text primary key, value) without rowid;
-    drop table if exists peers;
-";
-
-/// Schema changes of version 2: the live peers, the first day of bound IDs, networks of reports.
-const TABLES_2: &str = "
-    create table present (
-        peer_id text primary key,
-        addr text not null,
-        port integer not null,
-        came_from text not null,
-        filter_stamp integer,
-        filter blob
-    ) without rowid;
-    alter table identities add column first_day integer not null default 0;
-    create index identities_once on identities (seen_day) where first_day = seen_day;
-    alter table transfers add column sender_network text;
-    alter table transfers add column receiver_network text;
-";
-
-/// Repairs a database of the original, which checks neither types nor signs of its values.
-const CLEAN: &str = "
-    delete from reputation where typeof(peer_id) <> 'text' or length(cast(peer_id as blob)) not between 1 and ?1;
-    update reputation set total_shared = 0 where typeof(total_shared) <> 'integer' or total_shared < 0;
-    update reputation set total_received = 0 where typeof(total_received) <> 'integer' or total_received < 0;
-    update reputation set successful_transfers = 0
-        where typeof(successful_transfers) <> 'integer' or successful_transfers < 0;
-    update reputation set failed_transfers = 0 where typeof(failed_transfers) <> 'integer' or failed_transfers < 0;
-    delete from transfers where typeof(sender_id) <> 'text' or typeof(receiver_id) <> 'text'
-        or length(cast(sender_id as blob)) not between 1 and ?1 or length(cast(receiver_id as blob)) not between 1 and ?1
-        or typeof(sender_bytes) not in ('integer', 'null') or sender_bytes < 0
-        or typeof(receiver_bytes) not in ('integer', 'null') or receiver_bytes < 0
-        or typeof(created_at) not in ('integer', 'real');
-";
 
 /// What the database knows of an ID.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,48 +64,27 @@ pub enum BindOutcome {
     Full,
 }
 
-/// Result of [`TrackerDatabase::report`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReportOutcome {
-    /// The other side has not reported yet.
-    Pending,
-    /// Both sides have reported; true if they agree.
-    Resolved(bool),
-    /// There is no such transfer.
-    NotFound,
-    /// Both sides had reported before.
-    AlreadyResolved,
-    /// Another peer has this side of the transfer.
-    WrongPeer,
-    /// This side had reported before.
-    SameSideAgain,
-    /// The ID is bound to a key that has not signed the report.
-    Unproven,
-}
-
-/// The report of one side of a transfer.
-#[derive(Debug, Clone)]
-pub struct SideReport {
-    /// ID of the transfer.
-    pub transfer: u64,
-    /// ID of the reporting peer.
-    pub peer_id: String,
-    /// Its side of the transfer.
-    pub role: Role,
-    /// Transferred bytes according to it.
-    pub bytes: u64,
-    /// The key that signed the report.
-    pub key: Option<[u8; 32]>,
-    /// The network (see [`crate::address::network`]) from which it came.
-    pub network: u128,
-}
-
 /// Row counts, kept in memory so that checks of the bounds need no `count(*)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct RowCounts {
     identities: u64,
     reputations: u64,
     transfers: u64,
+}
+
+impl RowCounts {
+    fn read(db: &Connection) -> Result<RowCounts> {
+        let count = |table: &str| {
+            db.query_row(&format!("select count(*) from {table}"), [], |row| {
+                row.get::<_, i64>(0).map(|n| n.unsigned_abs())
+            })
+        };
+        Ok(RowCounts {
+            identities: count("identities")?,
+            reputations: count("reputation")?,
+            transfers: count("transfers")?,
+        })
+    }
 }
 
 /// The open database. Its methods do disk I/O and block for it.
@@ -193,8 +102,6 @@ pub struct TrackerDatabase {
     tracker_id: String,
 }
 
-type Result<T> = rusqlite::Result<T>;
-
 impl TrackerDatabase {
     /// Opens the database. Creates or migrates its tables. Blocks for up to 5 s while another
     /// process has it.
@@ -202,54 +109,8 @@ impl TrackerDatabase {
     /// # Errors
     /// Returns one line that says what is wrong and what to do.
     pub fn open(path: &Path) -> std::result::Result<TrackerDatabase, String> {
-        let wrong = |e: rusqlite::Error| {
-            let remedy = match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::DatabaseBusy) => {
-                    "another tracker has it; one database is for one tracker"
-                }
-                Some(rusqlite::ErrorCode::NotADatabase) => {
-                    "not an SQLite database; --db-path names another"
-                }
-                _ => "--db-path needs a file in a directory that this user can write to",
-            };
-            format!("database {}: {e}; {remedy}", path.display())
-        };
-        let db = Connection::open(path).map_err(wrong)?;
-        prepare(&db).map_err(wrong)?;
-        let version: i64 =
-            db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(wrong)?;
-        match version {
-            0 => migrate(&db).and_then(|()| migrate_2(&db)).map_err(wrong)?,
-            1 => migrate_2(&db).map_err(wrong)?,
-            SCHEMA_VERSION => {}
-            newer => {
-                return Err(format!(
-                    "database {}: of version {newer}, which a newer peerix-tracker made; this one knows {SCHEMA_VERSION}: run the newer one, or name another --db-path",
-                    path.display()
-                ));
-            }
-        }
-        let tracker_id =
-            db.query_row("select value from meta where key = 'tracker_id'", [], |row| row.get(0));
-        let tracker_id: String = tracker_id.map_err(wrong)?;
-        if tracker_id.len() != TransferName::TRACKER_ID_LEN
-            || !tracker_id.bytes().all(|b| b.is_ascii_hexdigit())
-        {
-            return Err(format!(
-                "database {}: its tracker ID is none; --db-path names another",
-                path.display()
-            ));
-        }
-        let count = |table: &str| {
-            db.query_row(&format!("select count(*) from {table}"), [], |row| {
-                row.get::<_, i64>(0).map(|n| n.unsigned_abs())
-            })
-        };
-        let counts = RowCounts {
-            identities: count("identities").map_err(wrong)?,
-            reputations: count("reputation").map_err(wrong)?,
-            transfers: count("transfers").map_err(wrong)?,
-        };
+        let (db, tracker_id) = schema::open(path)?;
+        let counts = RowCounts::read(&db).map_err(|e| schema::open_error(path, e))?;
         Ok(TrackerDatabase {
             db,
             counts,
@@ -463,83 +324,34 @@ impl TrackerDatabase {
 
     /// Stores the report of one side. If both have reported, updates the reputations.
     pub fn report(&mut self, report: &SideReport, day: i64) -> Result<ReportOutcome> {
-        let sql = "select sender_id, receiver_id, sender_bytes, receiver_bytes, coalesce(sender_confirmed, 0) <> 0,
-            coalesce(receiver_confirmed, 0) <> 0, coalesce(resolved, 0) <> 0, sender_network, receiver_network
-            from transfers where id = ?";
-        let Ok(id) = i64::try_from(report.transfer) else { return Ok(ReportOutcome::NotFound) };
-        struct TransferRow {
-            peers: [String; 2],
-            bytes: [Option<i64>; 2],
-            confirmed: [bool; 2],
-            resolved: bool,
-            networks: [Option<String>; 2],
-        }
-        let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
-            Ok(TransferRow {
-                peers: [row.get(0)?, row.get(1)?],
-                bytes: [row.get(2)?, row.get(3)?],
-                confirmed: [row.get(4)?, row.get(5)?],
-                resolved: row.get(6)?,
-                networks: [row.get(7)?, row.get(8)?],
-            })
-        });
-        let Some(transfer) = found.optional()? else { return Ok(ReportOutcome::NotFound) };
-        let (side, other) = match report.role {
-            Role::Sender => (0, 1),
-            Role::Receiver => (1, 0),
+        let Some(mut transfer) = StoredTransfer::load(&self.db, report.transfer)? else {
+            return Ok(ReportOutcome::NotFound);
         };
-        if transfer.resolved {
-            return Ok(ReportOutcome::AlreadyResolved);
-        }
-        if transfer.peers[side] != report.peer_id {
-            return Ok(ReportOutcome::WrongPeer);
-        }
-        if transfer.confirmed[side] {
-            return Ok(ReportOutcome::SameSideAgain);
+        if let Some(refusal) = transfer.refusal(report) {
+            return Ok(refusal);
         }
         if self.key(&report.peer_id)?.is_some_and(|key| report.key != Some(key)) {
             return Ok(ReportOutcome::Unproven);
         }
-        let resolves = transfer.confirmed[other];
-        let sql = match report.role {
-            Role::Sender => {
-                "update transfers set sender_bytes = ?, sender_confirmed = 1, resolved = ?, sender_network = ? where id = ?"
-            }
-            Role::Receiver => {
-                "update transfers set receiver_bytes = ?, receiver_confirmed = 1, resolved = ?, receiver_network = ?
-                    where id = ?"
-            }
-        };
-        let network = format!("{:x}", report.network);
-        self.db.prepare_cached(sql)?.execute(params![
-            report.bytes.min(MAX_COLUMN) as i64,
-            resolves,
-            network,
-            id
-        ])?;
-        if !resolves {
+        transfer.record(&self.db, report)?;
+        if !transfer.resolved {
             return Ok(ReportOutcome::Pending);
         }
-        let others = transfer.bytes[other].and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0);
-        let consistent = reports_agree(report.bytes, others);
-        let [sender, receiver] = transfer.peers;
-        let other_network = transfer.networks[other].clone().unwrap_or_default();
+        let consistent = transfer.reports_agree();
+        let StoredTransfer { sender, receiver, .. } = transfer;
         // Identities cost nothing. So unsigned reports, and those of two peers in one network, do
         // not change a reputation.
-        if other_network == network
-            || self.key(&sender)?.is_none()
-            || self.key(&receiver)?.is_none()
+        if sender.network == receiver.network
+            || self.key(&sender.peer_id)?.is_none()
+            || self.key(&receiver.peer_id)?.is_none()
         {
             return Ok(ReportOutcome::Resolved(consistent));
         }
-        let (mut bytes, mut networks) = ([others; 2], [other_network.clone(), other_network]);
-        (bytes[side], networks[side]) = (report.bytes, network);
-        let [sender_network, receiver_network] = networks;
-        if consistent || self.record_blame(&sender, receiver_network, day) {
-            self.add_to_reputation(&sender, consistent, bytes[0], 0, day)?;
+        if consistent || self.record_blame(&sender.peer_id, receiver.network, day) {
+            self.add_to_reputation(&sender.peer_id, consistent, sender.bytes, 0, day)?;
         }
-        if consistent || self.record_blame(&receiver, sender_network, day) {
-            self.add_to_reputation(&receiver, consistent, 0, bytes[1], day)?;
+        if consistent || self.record_blame(&receiver.peer_id, sender.network, day) {
+            self.add_to_reputation(&receiver.peer_id, consistent, 0, receiver.bytes, day)?;
         }
         Ok(ReportOutcome::Resolved(consistent))
     }
@@ -650,54 +462,10 @@ impl TrackerDatabase {
     }
 }
 
-/// Whether two reported sizes differ by at most 5 % of the greater.
-fn reports_agree(a: u64, b: u64) -> bool {
-    u128::from(a.abs_diff(b)) * u128::from(TOLERANCE_DIVISOR) <= u128::from(a.max(b))
-}
-
-fn prepare(db: &Connection) -> Result<()> {
-    db.busy_timeout(BUSY_TIMEOUT)?;
-    // No other process may change the database while it is open, as row counts are kept in memory.
-    db.pragma_update(None, "locking_mode", "exclusive")?;
-    db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
-    // A commit returns only when its data is on the disk.
-    db.pragma_update(None, "synchronous", "full")?;
-    db.set_prepared_statement_cache_capacity(64);
-    // Takes the lock now, so that a second tracker fails at its start.
-    db.execute_batch("begin immediate; commit")
-}
-
-fn migrate(db: &Connection) -> Result<()> {
-    db.execute_batch("begin immediate")?;
-    db.execute_batch(TABLES)?;
-    let today =
-        "update reputation set changed_day = cast(strftime('%s', 'now') / 86400 as integer)";
-    db.execute_batch(today)?;
-    for statement in CLEAN.split_inclusive(';').filter(|statement| statement.contains(';')) {
-        let values: &[&dyn rusqlite::ToSql] =
-            if statement.contains("?1") { &[&(MAX_PEER_ID as i64)] } else { &[] };
-        db.execute(statement.trim(), values)?;
-    }
-    let mut random = [0; TransferName::TRACKER_ID_LEN / 2];
-    if SystemRandom::new().fill(&mut random).is_err() {
-        return Err(rusqlite::Error::ToSqlConversionFailure("no random numbers to be had".into()));
-    }
-    let id = data_encoding::HEXLOWER.encode(&random);
-    db.execute("insert into meta (key, value) values ('tracker_id', ?)", [id])?;
-    db.pragma_update(None, "user_version", 1)?;
-    db.execute_batch("commit")
-}
-
-fn migrate_2(db: &Connection) -> Result<()> {
-    db.execute_batch("begin immediate")?;
-    db.execute_batch(TABLES_2)?;
-    db.pragma_update(None, "user_version", SCHEMA_VERSION)?;
-    db.execute_batch("commit")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use peerix::wire::tracker::Role;
 
     const DAY: f64 = 24.0 * 3600.0;
 
@@ -732,22 +500,6 @@ mod tests {
         let key = Some([if peer_id == "a" { 1 } else { 2 }; 32]);
         let told = SideReport { transfer, peer_id: peer_id.into(), role, bytes, key, network };
         database.report(&told, 7).unwrap()
-    }
-
-    #[test]
-    fn reports_agree_within_a_twentieth_of_the_greater() {
-        for (a, b, agrees) in [
-            (0, 0, true),
-            (0, 1, false),
-            (100, 95, true),
-            (100, 94, false),
-            (95, 100, true),
-            (1 << 44, 1 << 44, true),
-            (1 << 44, 0, false),
-            (u64::MAX, u64::MAX - 1, true),
-        ] {
-            assert_eq!(reports_agree(a, b), agrees, "{a}, {b}");
-        }
     }
 
     #[test]
