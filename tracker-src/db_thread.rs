@@ -134,7 +134,7 @@ impl DatabaseThread {
         let shared = stats.clone();
         let thread = thread::Builder::new().name("database".into()).spawn(move || {
             defer!(on_end());
-            run_jobs(database, &queue, &shared, on_change);
+            DatabaseLoop::new(database, shared, on_change).run(&queue);
         });
         let thread = thread.map_err(|e: io::Error| format!("database thread: {e}"))?;
         let (jobs, thread) = (RwLock::new(Some(jobs)), Mutex::new(Some(thread)));
@@ -330,39 +330,64 @@ fn seconds() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-fn run_jobs(
-    mut database: TrackerDatabase,
-    queue: &Receiver<Box<dyn DatabaseJob>>,
-    stats: &DatabaseStats,
-    on_change: impl Fn(&str, Reputation),
-) {
-    let faults = LogThrottle::default();
-    let mut last_prune = Instant::now();
-    let (mut last_full_prune, mut alive_recorded): (Option<Instant>, Option<Instant>) =
-        (None, None);
-    loop {
-        stats.turns.fetch_add(1, Ordering::Relaxed);
-        let mut batch: Vec<Box<dyn DatabaseJob>> = Vec::new();
-        match queue.recv_timeout(PRUNE_INTERVAL.saturating_sub(last_prune.elapsed())) {
-            Ok(job) => batch.push(job),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                if let Err(e) = database.record_alive(milliseconds()) {
-                    log::debug!("database: {e}");
+/// What the database thread works with.
+struct DatabaseLoop<F> {
+    database: TrackerDatabase,
+    stats: Arc<DatabaseStats>,
+    /// Gets each changed reputation after its commit.
+    on_change: F,
+    faults: LogThrottle,
+    last_prune: Instant,
+    /// When a pruning step last scanned a whole table; `None` before the first one.
+    last_full_prune: Option<Instant>,
+    /// When the time was last stored as that of the running tracker.
+    alive_recorded: Option<Instant>,
+}
+
+impl<F: Fn(&str, Reputation)> DatabaseLoop<F> {
+    fn new(database: TrackerDatabase, stats: Arc<DatabaseStats>, on_change: F) -> Self {
+        DatabaseLoop {
+            database,
+            stats,
+            on_change,
+            faults: LogThrottle::default(),
+            last_prune: Instant::now(),
+            last_full_prune: None,
+            alive_recorded: None,
+        }
+    }
+
+    /// Runs jobs and prunes until all senders of `queue` are dropped.
+    fn run(mut self, queue: &Receiver<Box<dyn DatabaseJob>>) {
+        loop {
+            self.stats.turns.fetch_add(1, Ordering::Relaxed);
+            let mut batch = Vec::new();
+            match queue.recv_timeout(PRUNE_INTERVAL.saturating_sub(self.last_prune.elapsed())) {
+                Ok(job) => batch.push(job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    if let Err(e) = self.database.record_alive(milliseconds()) {
+                        log::debug!("database: {e}");
+                    }
+                    return;
                 }
-                return;
+            }
+            batch.extend(queue.try_iter().take(MAX_BATCH_JOBS - batch.len()));
+            let is_prune_due = self.last_prune.elapsed() >= PRUNE_INTERVAL;
+            if !batch.is_empty() || is_prune_due {
+                self.run_batch(batch);
+            }
+            if is_prune_due {
+                self.prune();
             }
         }
-        batch.extend(queue.try_iter().take(MAX_BATCH_JOBS - batch.len()));
-        let is_prune_due = last_prune.elapsed() >= PRUNE_INTERVAL;
-        let is_full_prune_due =
-            is_prune_due && last_full_prune.is_none_or(|at| at.elapsed() >= FULL_PRUNE_INTERVAL);
-        if batch.is_empty() && !is_prune_due {
-            continue;
-        }
+    }
+
+    /// Runs jobs in one transaction, commits, and answers them.
+    fn run_batch(&mut self, mut batch: Vec<Box<dyn DatabaseJob>>) {
         let began = Instant::now();
         let mut outcomes = Vec::with_capacity(batch.len());
-        let committed = transact(&mut database, |database| {
+        let committed = transact(&mut self.database, |database| {
             for job in &mut batch {
                 outcomes.push(
                     database
@@ -372,45 +397,56 @@ fn run_jobs(
             }
             Ok(())
         });
-        match &committed {
+        match committed {
             Ok(changed) => {
-                stats.commits.fetch_add(1, Ordering::Relaxed);
-                stats
+                self.stats.commits.fetch_add(1, Ordering::Relaxed);
+                self.stats
                     .commit_micros
                     .fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
                 // Before the answers, so that a client that has one sees the new reputation.
-                changed.iter().for_each(|(id, reputation)| on_change(id, *reputation));
+                changed.iter().for_each(|(id, reputation)| (self.on_change)(id, *reputation));
             }
             Err(e) => outcomes = vec![Err(DatabaseUnavailable(e.to_string())); batch.len()],
         }
         if let Some(Err(e)) = outcomes.iter().find(|outcome| outcome.is_err()) {
-            stats.failures.fetch_add(1, Ordering::Relaxed);
-            if faults.allow(began) {
+            self.stats.failures.fetch_add(1, Ordering::Relaxed);
+            if self.faults.allow(began) {
                 log::error!("{e}");
             }
         }
         batch.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
-        if is_prune_due {
-            last_prune = Instant::now();
-            let is_alive_due = alive_recorded.is_none_or(|at| at.elapsed() >= ALIVE_INTERVAL);
-            let done = transact(&mut database, |database| {
-                database.prune_transfers(seconds())?;
-                database.prune_identities(today())?;
-                if is_full_prune_due {
-                    database.prune_reputations(today())?;
-                }
-                if is_alive_due {
-                    database.record_alive(milliseconds())?;
-                }
-                Ok(())
-            });
-            last_full_prune = if is_full_prune_due { Some(last_prune) } else { last_full_prune };
-            alive_recorded = if is_alive_due { Some(last_prune) } else { alive_recorded };
-            if let Err(e) = done
-                && faults.allow(last_prune)
-            {
-                log::error!("database: pruning: {e}");
+    }
+
+    /// Deletes old rows in small steps, and stores that the tracker is running.
+    fn prune(&mut self) {
+        let now = Instant::now();
+        let is_due = |last: Option<Instant>, interval| {
+            last.is_none_or(|at| now.saturating_duration_since(at) >= interval)
+        };
+        let is_full_prune_due = is_due(self.last_full_prune, FULL_PRUNE_INTERVAL);
+        let is_alive_due = is_due(self.alive_recorded, ALIVE_INTERVAL);
+        let done = transact(&mut self.database, |database| {
+            database.prune_transfers(seconds())?;
+            database.prune_identities(today())?;
+            if is_full_prune_due {
+                database.prune_reputations(today())?;
             }
+            if is_alive_due {
+                database.record_alive(milliseconds())?;
+            }
+            Ok(())
+        });
+        self.last_prune = now;
+        if is_full_prune_due {
+            self.last_full_prune = Some(now);
+        }
+        if is_alive_due {
+            self.alive_recorded = Some(now);
+        }
+        if let Err(e) = done
+            && self.faults.allow(now)
+        {
+            log::error!("database: pruning: {e}");
         }
     }
 }
