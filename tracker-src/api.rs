@@ -8,10 +8,9 @@ use crate::db_thread::{DatabaseThread, DatabaseUnavailable};
 use crate::limits::{LimitKind, RateLimits};
 use crate::meeting::{MeetBody, MeetingPlace, Meetings};
 use crate::metrics::{CountedCall, TrackerMetrics};
-use crate::reachability;
+use crate::reachability::{AnnouncedAddress, ClientTestRefusal, ReachabilityTester};
 use crate::reputation::Reputation;
 use crate::table::{Claim, ClaimRefusal, PeerAddress, PeerRow, TrackerTable};
-use crossbeam_channel::Sender;
 use data_encoding::BASE64;
 use peerix::http::body::BodyError;
 use peerix::http::server::Handler;
@@ -45,12 +44,8 @@ const MAX_UPLOADS: usize = 8;
 /// `Retry-After` in seconds of an upload that was refused by [`MAX_UPLOADS`].
 const UPLOAD_RETRY_SECONDS: u64 = 2;
 
-/// `Retry-After` in seconds of a refused `GET /reach`. A check takes no longer.
+/// `Retry-After` in seconds of a refused `GET /reach`. A test takes no longer.
 const REACH_RETRY_SECONDS: u64 = 2;
-
-/// Maximum number of `GET /reach` checks at once, each of which blocks a thread; one per household.
-/// Further ones get 503.
-const MAX_REACH_CHECKS: usize = 16;
 
 /// Header fields that mark a proxied request, whose source address is the proxy's.
 const PROXY_FIELDS: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
@@ -224,12 +219,9 @@ pub struct Api {
     limits: RateLimits,
     metrics: TrackerMetrics,
     uploads: AtomicUsize,
-    /// Announced addresses that wait for a reachability check.
-    reach_queue: Sender<reachability::AnnouncedAddress>,
+    reachability: ReachabilityTester,
     /// Trusted reverse proxies. Their `X-Forwarded-For` has the client's address.
     proxies: Vec<IpAddr>,
-    /// Households whose `GET /reach` is under way.
-    reach_checks: Mutex<Vec<u128>>,
     cached_list: Mutex<CachedList>,
     meetings: Meetings,
     faults: LogThrottle,
@@ -363,12 +355,11 @@ fn refuse(refusal: &ApiError, exchange: &mut Exchange<'_>) -> io::Result<()> {
 }
 
 impl Api {
-    /// Creates the handler. `reach_queue` takes addresses to be checked, `proxies` are trusted
-    /// reverse proxies.
+    /// Creates the handler. `proxies` are trusted reverse proxies.
     pub fn new(
         table: Arc<TrackerTable>,
         database: Arc<DatabaseThread>,
-        reach_queue: Sender<reachability::AnnouncedAddress>,
+        reachability: ReachabilityTester,
         proxies: Vec<IpAddr>,
     ) -> Self {
         Api {
@@ -377,9 +368,8 @@ impl Api {
             limits: RateLimits::default(),
             metrics: TrackerMetrics::default(),
             uploads: AtomicUsize::new(0),
-            reach_queue,
+            reachability,
             proxies,
-            reach_checks: Mutex::default(),
             cached_list: Mutex::default(),
             meetings: Meetings::default(),
             faults: LogThrottle::default(),
@@ -486,12 +476,7 @@ impl Api {
         }
         if outcome.needs_reach_test {
             let PeerAddress { addr, port, .. } = address;
-            // If the queue is full, the address is checked after a later announce.
-            let _ = self.reach_queue.try_send(reachability::AnnouncedAddress {
-                id: id.to_owned(),
-                addr,
-                port,
-            });
+            self.reachability.request_test(AnnouncedAddress { id: id.to_owned(), addr, port });
         }
         if claim.is_none() {
             return status("ok");
@@ -632,26 +617,18 @@ impl Api {
                 "asked through a proxy, which is what would be reached",
             ));
         }
-        let reach_checks = || self.reach_checks.lock();
-        let household = address::limit_key(from);
-        {
-            let mut reach_checks = reach_checks();
-            if reach_checks.contains(&household) {
-                return Err(ApiError::later(429, "one at a time", REACH_RETRY_SECONDS));
-            }
-            if reach_checks.len() >= MAX_REACH_CHECKS {
-                return Err(ApiError::later(503, "too many at once", REACH_RETRY_SECONDS));
-            }
-            reach_checks.push(household);
-        }
-        defer!(reach_checks().retain(|other| *other != household));
-        // The reason is not returned: other machines behind the same address could scan their
-        // router's ports by it.
-        let reached = reachability::test((from, port).into());
-        if let Err(e) = &reached {
-            log::debug!("{from}: port {port} is not reached: {e}");
-        }
-        json(&ReachBody { addr: from, port, reached: reached.is_ok() })
+        let reached =
+            self.reachability.test_client((from, port).into()).map_err(
+                |refusal| match refusal {
+                    ClientTestRefusal::SameHousehold => {
+                        ApiError::later(429, "one at a time", REACH_RETRY_SECONDS)
+                    }
+                    ClientTestRefusal::TooMany => {
+                        ApiError::later(503, "too many at once", REACH_RETRY_SECONDS)
+                    }
+                },
+            )?;
+        json(&ReachBody { addr: from, port, reached })
     }
 
     fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> ApiResult {

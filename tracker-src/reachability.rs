@@ -6,6 +6,7 @@
 //! only tells whether a peerix answers: a closed port, no answer, and another program give the same
 //! result.
 
+use crate::address;
 use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use peerix::connect_rate::{ConnectDecision, ConnectRate};
@@ -18,6 +19,13 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// Maximum time for connection and answer. A lookup takes at most 2 s in all, so it could not use a
+/// slower peer.
+const TEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Maximum bytes of the answer that are read. A peerix sends about 300.
+const MAX_ANSWER_BYTES: usize = 2048;
 
 /// Number of threads that test announced addresses. A test takes at most 2 s each for the host
 /// name, the rate limit and the connection.
@@ -37,6 +45,10 @@ const RATE_RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// of one address would otherwise block the threads.
 const MAX_RATE_TRIES: u32 = 20;
 
+/// Maximum number of clients that are tested at once, each of which blocks a thread of the server;
+/// one per household. Further ones are refused.
+const MAX_CLIENT_TESTS: usize = 16;
+
 /// An announced address that is to be tested.
 pub struct AnnouncedAddress {
     /// The peer's ID.
@@ -47,8 +59,58 @@ pub struct AnnouncedAddress {
     pub port: u16,
 }
 
-/// Starts the threads, which write their results into `table` and find host names by `names`. They
-/// end when the returned sender is dropped. `on_end` runs when a thread ends, even by a panic.
+/// Why a client's own address is not tested now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientTestRefusal {
+    /// A client of the same household is being tested.
+    SameHousehold,
+    /// Too many clients are being tested.
+    TooMany,
+}
+
+/// Tests announced addresses and those of clients. The threads end when it is dropped.
+pub struct ReachabilityTester {
+    announced: Sender<AnnouncedAddress>,
+    /// Households (see [`address::limit_key`]) whose clients are being tested.
+    households: Mutex<Vec<u128>>,
+}
+
+impl ReachabilityTester {
+    /// Requests a test of an announced address. Does not block. If too many are waiting, the
+    /// address is not tested until a later announce.
+    pub fn request_test(&self, announced: AnnouncedAddress) {
+        let _ = self.announced.try_send(announced);
+    }
+
+    /// Returns whether a peerix answers at the client's address. Blocks for at most 2 s. The reason
+    /// why none does is only logged: other machines behind the same address could scan their
+    /// router's ports by it.
+    ///
+    /// # Errors
+    /// Returns why the address is not tested.
+    pub fn test_client(&self, client: SocketAddr) -> Result<bool, ClientTestRefusal> {
+        let household = address::limit_key(client.ip());
+        {
+            let mut households = self.households.lock();
+            if households.contains(&household) {
+                return Err(ClientTestRefusal::SameHousehold);
+            }
+            if households.len() >= MAX_CLIENT_TESTS {
+                return Err(ClientTestRefusal::TooMany);
+            }
+            households.push(household);
+        }
+        defer!(self.households.lock().retain(|other| *other != household));
+        let reached = test(client);
+        if let Err(e) = &reached {
+            log::debug!("{}: port {} is not reached: {e}", client.ip(), client.port());
+        }
+        Ok(reached.is_ok())
+    }
+}
+
+/// Starts the threads, which write their results into `table` and find host names by `names`.
+/// `on_end` runs when a thread ends, even by a panic.
 ///
 /// # Errors
 /// A thread cannot be started.
@@ -56,7 +118,7 @@ pub fn start(
     table: &Arc<TrackerTable>,
     names: NameResolver,
     on_end: impl Fn() + Clone + Send + 'static,
-) -> io::Result<Sender<AnnouncedAddress>> {
+) -> io::Result<ReachabilityTester> {
     let (announced, waiting) = bounded(MAX_WAITING);
     let connect_rate = Arc::new(Mutex::new(ConnectRate::default()));
     let names = Arc::new(names);
@@ -68,7 +130,7 @@ pub fn start(
             test_announced(&table, &names, &waiting, &connect_rate);
         })?;
     }
-    Ok(announced)
+    Ok(ReachabilityTester { announced, households: Mutex::default() })
 }
 
 fn test_announced(
@@ -110,18 +172,11 @@ fn test_announced(
     }
 }
 
-/// Maximum time for connection and answer. A lookup takes at most 2 s in all, so it could not use a
-/// slower peer.
-const TEST_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Maximum bytes of the answer that are read. A peerix sends about 300.
-const MAX_ANSWER_BYTES: usize = 2048;
-
 /// Requests `/nix-cache-info`, which every peerix serves to everyone. Blocks for at most 2 s.
 ///
 /// # Errors
 /// No connection, no answer in time, or an answer of another program.
-pub fn test(node: SocketAddr) -> io::Result<()> {
+fn test(node: SocketAddr) -> io::Result<()> {
     let deadline = Instant::now() + TEST_TIMEOUT;
     let mut stream = TcpStream::connect_timeout(&node, TEST_TIMEOUT)?;
     stream.set_write_timeout(Some(TEST_TIMEOUT))?;
@@ -160,7 +215,7 @@ mod tests {
             Vec::new()
         });
         let table = Arc::new(TrackerTable::new(TrackerTime::now(), 1 << 20));
-        let announced = start(&table, names, || {}).unwrap();
+        let tester = start(&table, names, || {}).unwrap();
         let reachable = |addr: &str| {
             let from = [203, 0, 113, 1].into();
             let at = PeerAddress { addr: addr.into(), port: 1, from };
@@ -170,11 +225,11 @@ mod tests {
         for n in 0..2 * THREADS {
             let addr = format!("slow{}.example", n % (THREADS - 1));
             reachable(&addr);
-            announced.send(AnnouncedAddress { id: addr.clone(), addr, port: 1 }).unwrap();
+            tester.request_test(AnnouncedAddress { id: addr.clone(), addr, port: 1 });
         }
         let addr = String::from("none.example");
         reachable(&addr);
-        announced.send(AnnouncedAddress { id: addr.clone(), addr, port: 1 }).unwrap();
+        tester.request_test(AnnouncedAddress { id: addr.clone(), addr, port: 1 });
         let deadline = Instant::now() + Duration::from_secs(60);
         while reachable("none.example").is_none() {
             assert!(Instant::now() < deadline, "it is not tested");

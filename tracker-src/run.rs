@@ -56,10 +56,10 @@ pub fn run(options: &Options) -> Result<(), String> {
     log::info!("{} peers were here when the tracker ended", live_peers.len());
     live_peers.into_iter().for_each(|peer| table.restore(peer, now));
     let database = Arc::new(database);
-    let reach_queue = reachability::start(&table, NameResolver::default(), ended("reach"))
+    let reachability = reachability::start(&table, NameResolver::default(), ended("reach"))
         .map_err(with_prefix("reach"))?;
     let api =
-        Arc::new(Api::new(table.clone(), database.clone(), reach_queue, options.proxies.clone()));
+        Arc::new(Api::new(table.clone(), database.clone(), reachability, options.proxies.clone()));
     let server =
         Server::start(listeners, api, ended("http")).map_err(with_prefix("http server"))?;
 
