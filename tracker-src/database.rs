@@ -6,7 +6,7 @@ mod transfer;
 
 use crate::reputation::Reputation;
 use crate::table::{PeerAddress, PersistedPeer};
-use rusqlite::{Connection, OptionalExtension, Result, params};
+use rusqlite::{Connection, OptionalExtension, Params, Result, params};
 use schema::MAX_COLUMN;
 use std::collections::HashSet;
 use std::path::Path;
@@ -173,7 +173,7 @@ impl TrackerDatabase {
             ));
         }
         let (counts, changed) = (self.counts, self.changed.len());
-        self.db.prepare_cached("savepoint job")?.execute([])?;
+        self.execute("savepoint job", [])?;
         let done = work(self);
         if done.is_err() {
             self.counts = counts;
@@ -183,8 +183,13 @@ impl TrackerDatabase {
             }
             self.db.execute_batch("rollback to job")?;
         }
-        self.db.prepare_cached("release job")?.execute([])?;
+        self.execute("release job", [])?;
         done
+    }
+
+    /// Runs a statement. Returns the number of rows that it changed.
+    fn execute(&self, sql: &str, values: impl Params) -> Result<usize> {
+        self.db.prepare_cached(sql)?.execute(values)
     }
 
     /// Returns the peers that were live when the tracker stopped, if that was at most 10 minutes
@@ -224,30 +229,24 @@ impl TrackerDatabase {
     pub fn record_address(&mut self, id: &str, at: &PeerAddress) -> Result<()> {
         let sql = "insert into present (peer_id, addr, port, came_from) values (?, ?, ?, ?) on conflict do update
             set addr = excluded.addr, port = excluded.port, came_from = excluded.came_from";
-        self.db
-            .prepare_cached(sql)?
-            .execute(params![id, at.addr, at.port, at.from.to_string()])
-            .map(drop)
+        self.execute(sql, params![id, at.addr, at.port, at.from.to_string()]).map(drop)
     }
 
     /// Stores the filter of a live peer, and the timestamp of its request.
     pub fn record_filter(&mut self, id: &str, timestamp: u64, filter: &[u8]) -> Result<()> {
         let sql = "update present set filter_stamp = ?2, filter = ?3 where peer_id = ?1";
-        self.db
-            .prepare_cached(sql)?
-            .execute(params![id, timestamp.min(MAX_COLUMN) as i64, filter])
-            .map(drop)
+        self.execute(sql, params![id, timestamp.min(MAX_COLUMN) as i64, filter]).map(drop)
     }
 
     /// Deletes a peer from the live ones.
     pub fn remove_live(&mut self, id: &str) -> Result<()> {
-        self.db.prepare_cached("delete from present where peer_id = ?")?.execute([id]).map(drop)
+        self.execute("delete from present where peer_id = ?", [id]).map(drop)
     }
 
     /// Stores the time, in milliseconds since 1970, at which the tracker was last running.
     pub fn record_alive(&mut self, now_ms: u64) -> Result<()> {
         let sql = "insert into meta (key, value) values ('alive', ?) on conflict do update set value = excluded.value";
-        self.db.prepare_cached(sql)?.execute([now_ms.min(MAX_COLUMN) as i64]).map(drop)
+        self.execute(sql, [now_ms.min(MAX_COLUMN) as i64]).map(drop)
     }
 
     /// Returns the key and reputation of an ID.
@@ -269,7 +268,7 @@ impl TrackerDatabase {
             None if self.counts.identities >= MAX_IDENTITIES => return Ok(BindOutcome::Full),
             None => {
                 let sql = "insert into identities (peer_id, public_key, seen_day, first_day) values (?1, ?2, ?3, ?3)";
-                self.db.prepare_cached(sql)?.execute(params![id, key, day])?;
+                self.execute(sql, params![id, key, day])?;
                 self.counts.identities += 1;
             }
         }
@@ -279,7 +278,7 @@ impl TrackerDatabase {
     /// Stores the day, counted from 1970, on which a bound ID was last seen.
     pub fn record_seen(&mut self, id: &str, day: i64) -> Result<()> {
         let sql = "update identities set seen_day = ?2 where peer_id = ?1 and seen_day < ?2";
-        self.db.prepare_cached(sql)?.execute(params![id, day]).map(drop)
+        self.execute(sql, params![id, day]).map(drop)
     }
 
     /// Returns the reputation of an ID; zeros if it is unknown.
@@ -309,7 +308,7 @@ impl TrackerDatabase {
         if self.counts.transfers + u64::from(count) > MAX_TRANSFERS {
             let sql = "delete from transfers where id in
                 (select id from transfers order by id limit ?)";
-            let deleted = self.db.prepare_cached(sql)?.execute([count])?;
+            let deleted = self.execute(sql, [count])?;
             self.counts.transfers = self.counts.transfers.saturating_sub(deleted as u64);
         }
         let sql = "insert into transfers (sender_id, receiver_id, created_at) values (?, ?, ?)";
@@ -374,27 +373,26 @@ impl TrackerDatabase {
         day: i64,
     ) -> Result<()> {
         let sum = |a: u64, b: u64| a.saturating_add(b).min(MAX_COLUMN);
-        let old = self.reputation(id)?;
-        let mut new = old;
+        let mut new = self.reputation(id)?;
         if consistent {
-            new.shared = sum(old.shared, shared);
-            new.received = sum(old.received, received);
-            new.successful = sum(old.successful, 1);
+            new.shared = sum(new.shared, shared);
+            new.received = sum(new.received, received);
+            new.successful = sum(new.successful, 1);
         } else {
-            new.failed = sum(old.failed, 1);
+            new.failed = sum(new.failed, 1);
         }
         let numbers =
             [new.shared, new.received, new.successful, new.failed].map(|number| number as i64);
         let values = params![id, numbers[0], numbers[1], numbers[2], numbers[3], day];
         let sql = "update reputation set total_shared = ?2, total_received = ?3, successful_transfers = ?4,
             failed_transfers = ?5, changed_day = ?6 where peer_id = ?1";
-        if self.db.prepare_cached(sql)?.execute(values)? == 0 {
+        if self.execute(sql, values)? == 0 {
             if self.counts.reputations >= MAX_REPUTATIONS {
                 return Ok(());
             }
             let sql = "insert into reputation (peer_id, total_shared, total_received, successful_transfers,
                 failed_transfers, changed_day) values (?, ?, ?, ?, ?, ?)";
-            self.db.prepare_cached(sql)?.execute(values)?;
+            self.execute(sql, values)?;
             self.counts.reputations += 1;
         }
         self.changed.push((id.to_owned(), new));
@@ -404,19 +402,16 @@ impl TrackerDatabase {
     /// Writes a value, to test that the database is writable.
     pub fn probe(&mut self, seconds: f64) -> Result<()> {
         let sql = "insert into meta (key, value) values ('probed', ?) on conflict do update set value = excluded.value";
-        self.db.prepare_cached(sql)?.execute([seconds]).map(drop)
+        self.execute(sql, [seconds]).map(drop)
     }
 
     /// Deletes old transfers in one small step. Each step continues where the last one ended.
     pub fn prune_transfers(&mut self, seconds: f64) -> Result<()> {
         let sql = "select max(id), count(*), min(created_at) from
             (select id, created_at from transfers where id > ? order by id limit ?)";
-        let (last, looked_at, oldest): (Option<i64>, i64, Option<f64>) = self
-            .db
-            .prepare_cached(sql)?
-            .query_row([self.pruned_to, MAX_PRUNED_TRANSFERS], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
-            })?;
+        let mut statement = self.db.prepare_cached(sql)?;
+        let (last, looked_at, oldest): (Option<i64>, i64, Option<f64>) =
+            statement.query_row([self.pruned_to, MAX_PRUNED_TRANSFERS], |row| row.try_into())?;
         let kept_from = seconds - TRANSFER_TTL_SECONDS as f64;
         let from = self.pruned_to;
         // IDs ascend with time, so all later transfers are younger still.
@@ -424,7 +419,7 @@ impl TrackerDatabase {
         self.pruned_to = last.filter(|_| looked_at == MAX_PRUNED_TRANSFERS && !young).unwrap_or(0);
         let Some(last) = last.filter(|_| !young) else { return Ok(()) };
         let sql = "delete from transfers where id > ? and id <= ? and created_at < ?";
-        let deleted = self.db.prepare_cached(sql)?.execute(params![from, last, kept_from])?;
+        let deleted = self.execute(sql, params![from, last, kept_from])?;
         self.counts.transfers = self.counts.transfers.saturating_sub(deleted as u64);
         Ok(())
     }
@@ -437,14 +432,11 @@ impl TrackerDatabase {
         }
         let once = "delete from identities where peer_id in (select peer_id from identities where first_day = seen_day
             and peer_id not in (select peer_id from present) order by seen_day limit ?)";
-        let mut deleted = self.db.prepare_cached(once)?.execute([MAX_PRUNED_ROWS])?;
+        let mut deleted = self.execute(once, [MAX_PRUNED_ROWS])?;
         if deleted == 0 {
             let old = "delete from identities where peer_id in
                 (select peer_id from identities where seen_day < ? limit ?)";
-            deleted = self
-                .db
-                .prepare_cached(old)?
-                .execute([day - FORGOTTEN_AFTER_DAYS, MAX_PRUNED_ROWS])?;
+            deleted = self.execute(old, [day - FORGOTTEN_AFTER_DAYS, MAX_PRUNED_ROWS])?;
         }
         self.counts.identities = self.counts.identities.saturating_sub(deleted as u64);
         Ok(())
@@ -456,7 +448,7 @@ impl TrackerDatabase {
         let before = day - FORGOTTEN_AFTER_DAYS;
         let sql = "delete from reputation where peer_id in (select peer_id from reputation where changed_day < ?
             and peer_id not in (select peer_id from identities) limit ?)";
-        let deleted = self.db.prepare_cached(sql)?.execute([before, MAX_PRUNED_ROWS])?;
+        let deleted = self.execute(sql, [before, MAX_PRUNED_ROWS])?;
         self.counts.reputations = self.counts.reputations.saturating_sub(deleted as u64);
         Ok(())
     }

@@ -2,6 +2,7 @@
 //! only then answers. So an answered change survives a crash, and thousands of changes a second
 //! share a few hundred commits.
 
+use crate::clock::TrackerTime;
 use crate::database::{BindOutcome, KnownIdentity, ReportOutcome, SideReport, TrackerDatabase};
 use crate::reputation::Reputation;
 use crate::table::{PeerAddress, PersistedPeer, TrackerTable};
@@ -119,9 +120,9 @@ impl DatabaseThread {
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<(DatabaseThread, Vec<PersistedPeer>), String> {
         let mut database = TrackerDatabase::open(path)?;
-        let present = database.live_peers(milliseconds());
-        let present =
-            present.and_then(|present| database.record_alive(milliseconds()).map(|()| present));
+        let present = database.live_peers(TrackerTime::now().ms);
+        let present = present
+            .and_then(|present| database.record_alive(TrackerTime::now().ms).map(|()| present));
         let present = present.map_err(|e| format!("database {}: {e}", path.display()))?;
         let dir = path
             .parent()
@@ -131,10 +132,18 @@ impl DatabaseThread {
         let tracker_id = database.tracker_id().to_owned();
         let (jobs, queue) = bounded(MAX_QUEUED_JOBS);
         let stats = Arc::new(DatabaseStats::default());
-        let shared = stats.clone();
+        let database_loop = DatabaseLoop {
+            database,
+            stats: stats.clone(),
+            on_change,
+            faults: LogThrottle::default(),
+            last_prune: Instant::now(),
+            last_full_prune: None,
+            alive_recorded: None,
+        };
         let thread = thread::Builder::new().name("database".into()).spawn(move || {
             defer!(on_end());
-            DatabaseLoop::new(database, shared, on_change).run(&queue);
+            database_loop.run(&queue);
         });
         let thread = thread.map_err(|e: io::Error| format!("database thread: {e}"))?;
         let (jobs, thread) = (RwLock::new(Some(jobs)), Mutex::new(Some(thread)));
@@ -320,11 +329,6 @@ fn today() -> i64 {
     (seconds() / 86_400.0) as i64
 }
 
-/// Milliseconds since 1970.
-fn milliseconds() -> u64 {
-    (seconds() * 1000.0) as u64
-}
-
 /// Seconds since 1970.
 fn seconds() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
@@ -345,18 +349,6 @@ struct DatabaseLoop<F> {
 }
 
 impl<F: Fn(&str, Reputation)> DatabaseLoop<F> {
-    fn new(database: TrackerDatabase, stats: Arc<DatabaseStats>, on_change: F) -> Self {
-        DatabaseLoop {
-            database,
-            stats,
-            on_change,
-            faults: LogThrottle::default(),
-            last_prune: Instant::now(),
-            last_full_prune: None,
-            alive_recorded: None,
-        }
-    }
-
     /// Runs jobs and prunes until all senders of `queue` are dropped.
     fn run(mut self, queue: &Receiver<Box<dyn DatabaseJob>>) {
         loop {
@@ -366,7 +358,7 @@ impl<F: Fn(&str, Reputation)> DatabaseLoop<F> {
                 Ok(job) => batch.push(job),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    if let Err(e) = self.database.record_alive(milliseconds()) {
+                    if let Err(e) = self.database.record_alive(TrackerTime::now().ms) {
                         log::debug!("database: {e}");
                     }
                     return;
@@ -432,7 +424,7 @@ impl<F: Fn(&str, Reputation)> DatabaseLoop<F> {
                 database.prune_reputations(today())?;
             }
             if is_alive_due {
-                database.record_alive(milliseconds())?;
+                database.record_alive(TrackerTime::now().ms)?;
             }
             Ok(())
         });
@@ -465,7 +457,6 @@ fn transact(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::TrackerTime;
 
     /// Guards against a peer that announces itself between the sweep and the deletion of its row,
     /// and so is missing after a restart of the tracker.
@@ -475,7 +466,7 @@ mod tests {
         std::fs::create_dir_all(&dir).unwrap();
         defer!(drop(std::fs::remove_dir_all(&dir)));
         let file = dir.join("tracker.db");
-        let now = TrackerTime { at: Instant::now(), ms: milliseconds() };
+        let now = TrackerTime::now();
         let table = Arc::new(TrackerTable::new(now, 1 << 20));
         let at = PeerAddress { addr: "a.example".into(), port: 1, from: [203, 0, 113, 1].into() };
         let (database, _) = DatabaseThread::open(&file, |_, _| {}, || {}).unwrap();

@@ -75,19 +75,15 @@ impl TokenBuckets {
     }
 }
 
+#[derive(Default)]
 struct LimitsState {
     buckets: HashMap<u128, TokenBuckets>,
     last_sweep: Option<Instant>,
 }
 
 /// The token buckets of all addresses.
+#[derive(Default)]
 pub struct RateLimits(Mutex<LimitsState>);
-
-impl Default for RateLimits {
-    fn default() -> Self {
-        RateLimits(Mutex::new(LimitsState { buckets: HashMap::new(), last_sweep: None }))
-    }
-}
 
 impl RateLimits {
     /// Takes one token of the address.

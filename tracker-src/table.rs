@@ -336,14 +336,15 @@ impl TrackerTable {
     /// Returns the best `max` live peers.
     pub fn best_peers(&self, max: usize, now: TrackerTime) -> Vec<PeerRow> {
         let peers = &self.state.read().peers;
-        let best = peers.best(now.at).take(max);
-        best.map(|peer| PeerRow {
-            peer_id: peer.id.clone(),
-            address: peer.address.clone(),
-            last_seen_ms: peer.last_seen_ms,
-            reputation: peer.reputation,
-        })
-        .collect()
+        let best = peers.ranked.iter().filter_map(|rank| peers.live(rank.slot, now.at));
+        best.take(max)
+            .map(|peer| PeerRow {
+                peer_id: peer.id.clone(),
+                address: peer.address.clone(),
+                last_seen_ms: peer.last_seen_ms,
+                reputation: peer.reputation,
+            })
+            .collect()
     }
 
     /// Removes expired peers, and IDs whose last signed request can no longer be replayed. Returns
@@ -377,7 +378,7 @@ impl TrackerTable {
         let peers = &self.state.read().peers;
         TableCounts {
             peers: peers.len(),
-            with_filter: peers.with_filter(),
+            with_filter: peers.with_filter,
             filter_bytes: self.bloom_index.bytes(),
         }
     }

@@ -46,11 +46,14 @@ pub(super) fn with_path(peers: &Peers, slots: Vec<u32>, salt: u64, now: Instant)
 /// Returns at most [`MAX_OTHERS`] live peers without a filter, best first: the best ones, and some
 /// that `turn` determines, which belongs to the path.
 pub(super) fn others(peers: &Peers, turn: u64, now: Instant) -> Vec<Candidate> {
+    let best = || peers.others.iter().filter_map(|rank| Some((*rank, peers.live(rank.slot, now)?)));
     if peers.others.len() <= MAX_OTHERS {
-        return peers.best_others(now).map(|(_, peer)| peer.candidate()).collect();
+        return best().map(|(_, peer)| peer.candidate()).collect();
     }
-    let best = || peers.best_others(now);
-    let in_turn = || peers.others_in_turn(turn, now).take(MAX_EXAMINED);
+    // From one on that the path determines. At the end they begin again, once.
+    let turns = peers.turns.range(turn % peers.next_sequence.max(1)..).chain(&peers.turns);
+    let rank = |slot: u32| peers.live(slot, now).map(|peer| (peer.rank(slot), peer));
+    let in_turn = || turns.clone().filter_map(|(_, slot)| rank(*slot)).take(MAX_EXAMINED);
     let mut networks = HashSet::new();
     let mut is_new = |(_, peer): &(CandidateRank, &PeerEntry)| networks.insert(peer.network());
     let mut chosen: BTreeMap<CandidateRank, &PeerEntry> =

@@ -2,7 +2,6 @@
 
 use crate::address;
 use crate::bloom_index::FilterPlace;
-use crate::clock::TrackerTime;
 use crate::reputation::Reputation;
 use peerix::time_scale::{Interval, Timeout};
 use peerix::wire::tracker::Candidate;
@@ -137,26 +136,6 @@ pub(super) struct PeerEntry {
 }
 
 impl PeerEntry {
-    pub(super) fn new(
-        id: Arc<str>,
-        address: PeerAddress,
-        reputation: Reputation,
-        sequence: u64,
-        now: TrackerTime,
-    ) -> PeerEntry {
-        PeerEntry {
-            id,
-            address,
-            last_seen_ms: now.ms,
-            expires: now.at + PEER_TTL.get(),
-            reputation,
-            sequence,
-            published: None,
-            reachability: Reachability::default(),
-            instances: Instances::default(),
-        }
-    }
-
     pub(super) fn is_live(&self, now: Instant) -> bool {
         self.expires > now
     }

@@ -1,7 +1,7 @@
 //! All peers in the table, and the orders in which answers list them. No I/O; the time is passed
 //! in.
 
-use super::peer::{CandidateRank, PeerAddress, PeerEntry};
+use super::peer::{CandidateRank, Instances, PEER_TTL, PeerAddress, PeerEntry, Reachability};
 use crate::clock::TrackerTime;
 use crate::reputation::Reputation;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -25,18 +25,14 @@ pub(super) struct Peers {
     pub(super) others: BTreeSet<CandidateRank>,
     /// Peers without a filter by sequence number, the order in which they take turns.
     pub(super) turns: BTreeMap<u64, u32>,
-    with_filter: usize,
-    next_sequence: u64,
+    /// Number of peers with a filter.
+    pub(super) with_filter: usize,
+    pub(super) next_sequence: u64,
 }
 
 impl Peers {
     pub(super) fn len(&self) -> usize {
         self.by_id.len()
-    }
-
-    /// Number of peers with a filter.
-    pub(super) fn with_filter(&self) -> usize {
-        self.with_filter
     }
 
     /// Whether [`MAX_PEERS`] is reached.
@@ -75,33 +71,6 @@ impl Peers {
             .collect()
     }
 
-    /// The live peers, best first.
-    pub(super) fn best(&self, now: Instant) -> impl Iterator<Item = &PeerEntry> {
-        self.ranked.iter().filter_map(move |rank| self.live(rank.slot, now))
-    }
-
-    /// The live peers without a filter, best first.
-    pub(super) fn best_others(
-        &self,
-        now: Instant,
-    ) -> impl Iterator<Item = (CandidateRank, &PeerEntry)> {
-        self.others.iter().filter_map(move |rank| Some((*rank, self.live(rank.slot, now)?)))
-    }
-
-    /// The live peers without a filter in the order of their turns, from one on that `turn`
-    /// determines. At the end they begin again, once.
-    pub(super) fn others_in_turn(
-        &self,
-        turn: u64,
-        now: Instant,
-    ) -> impl Iterator<Item = (CandidateRank, &PeerEntry)> {
-        let from = turn % self.next_sequence.max(1);
-        self.turns.range(from..).chain(&self.turns).filter_map(move |(_, slot)| {
-            let peer = self.live(*slot, now)?;
-            Some((peer.rank(*slot), peer))
-        })
-    }
-
     /// Changes a peer, and updates the sorted sets and counts.
     pub(super) fn change(&mut self, slot: u32, change: impl FnOnce(&mut PeerEntry)) {
         let Some(Some(peer)) = self.slots.get_mut(slot as usize) else { return };
@@ -136,7 +105,17 @@ impl Peers {
         if slot as usize == self.slots.len() {
             self.slots.push(None);
         }
-        let peer = PeerEntry::new(id.clone(), address, reputation, self.next_sequence, now);
+        let peer = PeerEntry {
+            id: id.clone(),
+            address,
+            last_seen_ms: now.ms,
+            expires: now.at + PEER_TTL.get(),
+            reputation,
+            sequence: self.next_sequence,
+            published: None,
+            reachability: Reachability::default(),
+            instances: Instances::default(),
+        };
         self.next_sequence += 1;
         self.by_id.insert(id, slot);
         self.ranked.insert(peer.rank(slot));
