@@ -5,9 +5,8 @@
 //! candidates that have never answered. If none of its candidates has answered recently, lookups
 //! leave it out for a while.
 
-use super::client::retry_once_if_stale;
 use crate::backoff::{Backoff, retry_after};
-use crate::http_client;
+use crate::http_client::{self, retry_once_if_stale};
 use crate::lock::{Condvar, Mutex, RwLock};
 use crate::nix::HashPart;
 use crate::round_trip::RoundTrip;
