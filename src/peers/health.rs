@@ -127,27 +127,77 @@ pub enum Eligibility {
     Never,
 }
 
+/// Failures of one peer. Successes clear the counts that [`Failures::count`] adds up.
 #[derive(Default)]
-struct HealthRecord {
+struct Failures {
     unreachable: u32,
     bad_nars: u32,
     broken_promises: u32,
+    /// Time of the last failure. Forgiven promises are not in it, so that a peer cannot hide a
+    /// wrong NAR behind one.
+    last: Option<Instant>,
+    /// Time of the last broken promise, which may be forgiven.
+    last_broken_promise: Option<Instant>,
+    /// Total of failed requests. Requests that ran at the same time count as one failure.
+    total: u64,
+    /// Reason of the last failure.
+    reason: Box<str>,
+}
+
+impl Failures {
+    /// Number of failures that no success has cleared, without forgiven promises.
+    fn count(&self) -> u32 {
+        self.unreachable
+            .saturating_add(self.bad_nars)
+            .saturating_add(self.broken_promises.saturating_sub(MAX_FORGIVEN_PROMISES))
+    }
+
+    /// Records that a request that began at `began` failed, and returns the number of failures.
+    /// `None` if a failure since then was recorded, or this one is forgiven.
+    fn record(
+        &mut self,
+        fault: Fault,
+        began: Instant,
+        now: Instant,
+        reason: &dyn fmt::Display,
+    ) -> Option<u32> {
+        let is_promise = fault == Fault::BrokenPromise;
+        let last = if is_promise { self.last.max(self.last_broken_promise) } else { self.last };
+        if last.is_some_and(|last| last >= began) {
+            return None;
+        }
+        let count = match fault {
+            Fault::Unreachable => &mut self.unreachable,
+            Fault::BrokenStream | Fault::BadData => &mut self.bad_nars,
+            Fault::BrokenPromise => &mut self.broken_promises,
+            Fault::OddPath => return None,
+        };
+        *count = count.saturating_add(1);
+        self.total += 1;
+        self.reason = reason.to_string().chars().take(MAX_REASON_CHARS).collect::<String>().into();
+        if is_promise {
+            self.last_broken_promise = Some(now);
+        }
+        let failures = self.count();
+        if failures == 0 {
+            return None;
+        }
+        self.last = Some(now);
+        Some(failures)
+    }
+}
+
+#[derive(Default)]
+struct HealthRecord {
+    failures: Failures,
     was_slow: bool,
     avoided_until: Option<Instant>,
-    last_fault: Option<Instant>,
-    /// Time of the last broken promise that was counted, which may be forgiven. It is not in `last_fault`, so that a
-    /// peer cannot hide a wrong NAR behind one.
-    last_broken_promise: Option<Instant>,
     /// Start of the current window, and the number of odd paths in it.
     odd_paths: Option<(Instant, u32)>,
     /// Smoothed time from a narinfo request to its answer.
     latency: RoundTrip,
     /// Time of the last answer of any kind.
     answered: Option<Instant>,
-    /// Total of failed requests. Requests that ran at the same time count as one failure.
-    faults: u64,
-    /// Reason of the last failure.
-    reason: Box<str>,
 }
 
 /// Health of a peer, for the status output.
@@ -171,12 +221,6 @@ pub struct HealthSnapshot {
 }
 
 impl HealthRecord {
-    fn failures(&self) -> u32 {
-        self.unreachable
-            .saturating_add(self.bad_nars)
-            .saturating_add(self.broken_promises.saturating_sub(MAX_FORGIVEN_PROMISES))
-    }
-
     fn record_odd_path(&mut self, now: Instant) {
         let (began, count) =
             self.odd_paths.filter(|(began, _)| now < *began + ODD_PATH_WINDOW).unwrap_or((now, 0));
@@ -205,7 +249,11 @@ impl PeerHealth {
     pub fn eligibility(&self, peer: impl Into<PeerKey>, now: Instant) -> Eligibility {
         match self.peers.lock().get(&peer.into()) {
             Some(p) if p.avoided_until.is_some_and(|end| end > now) => {
-                if p.failures() >= MAX_FAILURES { Eligibility::Never } else { Eligibility::Last }
+                if p.failures.count() >= MAX_FAILURES {
+                    Eligibility::Never
+                } else {
+                    Eligibility::Last
+                }
             }
             _ => Eligibility::Now,
         }
@@ -213,7 +261,7 @@ impl PeerHealth {
 
     /// Returns true if the peer failed or hung recently and no later success has cleared that.
     pub fn is_doubtful(&self, peer: impl Into<PeerKey>) -> bool {
-        self.peers.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
+        self.peers.lock().get(&peer.into()).is_some_and(|p| p.failures.count() > 0 || p.was_slow)
     }
 
     /// Returns true if the peer has answered since its last failure.
@@ -239,12 +287,12 @@ impl PeerHealth {
             is_far: peer_key.is_far,
             latency: peer.latency.smoothed(),
             answered: peer.answered,
-            faults: peer.faults,
+            faults: peer.failures.total,
             avoided: peer
                 .avoided_until
                 .filter(|end| *end > now)
-                .map(|end| (end, peer.failures() >= MAX_FAILURES)),
-            reason: peer.reason.to_string(),
+                .map(|end| (end, peer.failures.count() >= MAX_FAILURES)),
+            reason: peer.failures.reason.to_string(),
         };
         self.peers.lock().iter().map(snapshot).collect()
     }
@@ -259,7 +307,7 @@ impl PeerHealth {
             known.map_or((false, 0, false, Duration::MAX), |p| {
                 (
                     p.has_many_odd_paths(now),
-                    p.failures(),
+                    p.failures.count(),
                     p.was_slow,
                     p.latency.smoothed().unwrap_or(Duration::MAX),
                 )
@@ -271,10 +319,10 @@ impl PeerHealth {
     pub fn record_answer(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
         let mut health = self.peers.lock();
         let peer = entry(&mut health, peer.into(), now);
-        peer.unreachable = 0;
-        peer.broken_promises = 0;
+        peer.failures.unreachable = 0;
+        peer.failures.broken_promises = 0;
         peer.was_slow = false;
-        if peer.bad_nars == 0 {
+        if peer.failures.bad_nars == 0 {
             peer.avoided_until = None;
         }
         peer.record_latency(latency, now);
@@ -285,9 +333,9 @@ impl PeerHealth {
     pub fn record_miss(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
         let mut health = self.peers.lock();
         let peer = entry(&mut health, peer.into(), now);
-        peer.unreachable = 0;
+        peer.failures.unreachable = 0;
         peer.was_slow = false;
-        if peer.failures() == 0 {
+        if peer.failures.count() == 0 {
             peer.avoided_until = None;
         }
         peer.record_latency(latency, now);
@@ -318,8 +366,8 @@ impl PeerHealth {
     pub fn record_delivered(&self, peer: impl Into<PeerKey>, now: Instant) {
         let mut health = self.peers.lock();
         let peer = entry(&mut health, peer.into(), now);
-        peer.unreachable = 0;
-        peer.bad_nars = 0;
+        peer.failures.unreachable = 0;
+        peer.failures.bad_nars = 0;
         peer.avoided_until = None;
     }
 
@@ -331,36 +379,16 @@ impl PeerHealth {
         fault: Fault,
         began: Instant,
         now: Instant,
-        reason: &dyn std::fmt::Display,
+        reason: &dyn fmt::Display,
     ) {
         let peer_key = peer_key.into();
         log::debug!("peer {peer_key}: {reason}");
         let mut health = self.peers.lock();
         let peer = entry(&mut health, peer_key, now);
-        let count = match fault {
-            Fault::Unreachable => &mut peer.unreachable,
-            Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
-            Fault::BrokenPromise => &mut peer.broken_promises,
-            Fault::OddPath => return peer.record_odd_path(now),
-        };
-        let mut last = peer.last_fault;
-        if fault == Fault::BrokenPromise {
-            last = last.max(peer.last_broken_promise);
+        if fault == Fault::OddPath {
+            return peer.record_odd_path(now);
         }
-        if last.is_some_and(|last| last >= began) {
-            return;
-        }
-        if fault == Fault::BrokenPromise {
-            peer.last_broken_promise = Some(now);
-        }
-        peer.faults += 1;
-        peer.reason = reason.to_string().chars().take(MAX_REASON_CHARS).collect::<String>().into();
-        *count = count.saturating_add(1);
-        let failures = peer.failures();
-        if failures == 0 {
-            return;
-        }
-        peer.last_fault = Some(now);
+        let Some(failures) = peer.failures.record(fault, began, now, reason) else { return };
         let pause = backoff::pause(FIRST_PAUSE.get(), failures - 1, MAX_PAUSE.get());
         peer.avoided_until = Some(now + pause);
         drop(health);
