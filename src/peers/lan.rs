@@ -5,22 +5,25 @@
 //! holders are asked as the time before. A holder that failed recently is asked when no other
 //! holder is left.
 
+mod discovery_lookup;
+mod holder_queue;
+
 use super::client::{PeerClient, PeerError, PeerNarinfo};
-use super::health::{Eligibility, PeerHealth};
+use super::concurrency_limit::ConcurrencyLimit;
+use super::health::PeerHealth;
+use super::picker::HealthRank;
 use super::request_pool::RequestPool;
 use crate::backoff;
-use crate::lan::{
-    DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, LookupUpdate, MAX_HOLDERS, Neighbour,
-};
+use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupUpdate, MAX_HOLDERS, Neighbour};
 use crate::nix::HashPart;
 use crate::stats::MissReason;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use discovery_lookup::DiscoveryLookup;
+use holder_queue::{HolderQueue, LanHolder};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Time without a good narinfo after which further holders are asked.
-const HEDGE_DELAY: Duration = Duration::from_millis(100);
 /// Timeout of a narinfo from an alternate holder. Discovery does not wait for it, as its lookup is
 /// over, and Nix is waiting for a NAR meanwhile.
 const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -98,42 +101,19 @@ impl LanSource {
     /// `interrupt` makes [`LanSearch::next_offer`] return `None` once, so that a holder on another
     /// network does not wait for the LAN.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart, interrupt: Receiver<()>) -> LanSearch {
-        let (lookup, updates) = self.discovery.look_up(*hash_part);
-        let (result_sender, results) = bounded(MAX_RESULTS);
         LanSearch {
             lan: self.clone(),
             hash_part: *hash_part,
-            lookup,
-            updates: Some(updates),
-            is_open: true,
-            untried: Vec::new(),
-            doubtful: Vec::new(),
-            last_resort: Vec::new(),
-            in_flight: Vec::new(),
-            retries: Vec::new(),
-            result_sender,
-            results,
-            max_in_flight: 1,
-            next_hedge: None,
+            lookup: DiscoveryLookup::start(&self.discovery, hash_part),
+            queue: HolderQueue::default(),
+            requests: NarinfoRequests::new(),
+            limit: ConcurrencyLimit::new(1),
             deadline: Instant::now() + LOOKUP_TIMEOUT.get(),
             first_seen: None,
             failure: None,
-            counts: None,
             interrupt,
         }
     }
-}
-
-/// A peer that says that it has the path.
-#[derive(Debug, Clone)]
-struct LanHolder {
-    /// Address that identifies the peer in discovery.
-    peer: SocketAddr,
-    holder: Holder,
-    /// Number of requests that failed for a temporary reason.
-    failures: u32,
-    /// True if a failure of this holder was recorded.
-    is_blamed: bool,
 }
 
 /// A request whose answer is awaited.
@@ -142,12 +122,6 @@ struct NarinfoRequest {
     began: Instant,
     /// End of the wait; `None` if discovery decides it.
     deadline: Option<Instant>,
-}
-
-/// A request that must be repeated at `due`.
-struct NarinfoRetry {
-    candidate: LanHolder,
-    due: Instant,
 }
 
 /// Outcome of a narinfo request.
@@ -170,7 +144,26 @@ pub struct LanOffer {
 impl LanOffer {
     /// Address of the peer's HTTP server.
     pub fn http(&self) -> SocketAddr {
-        self.candidate.holder.http
+        self.candidate.http()
+    }
+}
+
+/// Narinfo requests in progress, and the queue of their results.
+struct NarinfoRequests {
+    in_flight: Vec<NarinfoRequest>,
+    result_sender: Sender<NarinfoResult>,
+    results: Receiver<NarinfoResult>,
+}
+
+impl NarinfoRequests {
+    fn new() -> Self {
+        let (result_sender, results) = bounded(MAX_RESULTS);
+        NarinfoRequests { in_flight: Vec::new(), result_sender, results }
+    }
+
+    /// Requests for which discovery waits.
+    fn awaited_by_discovery(&mut self) -> impl Iterator<Item = &mut NarinfoRequest> {
+        self.in_flight.iter_mut().filter(|request| request.deadline.is_none())
     }
 }
 
@@ -178,27 +171,13 @@ impl LanOffer {
 pub struct LanSearch {
     lan: Arc<LanSource>,
     hash_part: HashPart,
-    lookup: LookupId,
-    /// Holders that discovery finds; `None` when no further holder will come.
-    updates: Option<Receiver<LookupUpdate>>,
-    /// True while discovery waits for the requests and must learn their outcome.
-    is_open: bool,
-    untried: Vec<LanHolder>,
-    /// Holders that failed or hung recently.
-    doubtful: Vec<LanHolder>,
-    /// Holders that are in a pause.
-    last_resort: Vec<LanHolder>,
-    in_flight: Vec<NarinfoRequest>,
-    retries: Vec<NarinfoRetry>,
-    result_sender: Sender<NarinfoResult>,
-    results: Receiver<NarinfoResult>,
-    /// Current limit of concurrent requests.
-    max_in_flight: usize,
-    next_hedge: Option<Instant>,
+    lookup: DiscoveryLookup,
+    queue: HolderQueue,
+    requests: NarinfoRequests,
+    limit: ConcurrencyLimit,
     deadline: Instant,
     first_seen: Option<SocketAddr>,
     failure: Option<MissReason>,
-    counts: Option<(u32, u32)>,
     /// Channel that signals a holder on another network.
     interrupt: Receiver<()>,
 }
@@ -206,9 +185,7 @@ pub struct LanSearch {
 impl LanSearch {
     /// Tells discovery that a holder on another network was accepted, so that it stops waiting.
     pub fn settle(&mut self) {
-        if std::mem::replace(&mut self.is_open, false) {
-            self.lan.discovery.settle(self.lookup, None);
-        }
+        self.lookup.settle(None);
     }
 
     /// Restarts the time limit of the search for alternate holders. The search ends at `deadline`
@@ -220,8 +197,10 @@ impl LanSearch {
     /// Drops the narinfos that arrive until the search is resumed: large ones would keep their
     /// reservations, and nobody reads them. Their holders are asked again then.
     pub fn suspend(&mut self) {
-        self.untried.extend(self.in_flight.drain(..).map(|request| request.candidate));
-        (self.result_sender, self.results) = bounded(MAX_RESULTS);
+        let dropped = std::mem::replace(&mut self.requests, NarinfoRequests::new());
+        for request in dropped.in_flight {
+            self.queue.add_again(request.candidate);
+        }
     }
 
     /// Holders that have not failed and are not excluded, as far as they answer within `timeout`.
@@ -230,13 +209,13 @@ impl LanSearch {
     pub fn holders(&mut self, timeout: Duration) -> Vec<SocketAddr> {
         let deadline = Instant::now() + timeout;
         while let Some(Ok(update)) =
-            self.updates.as_ref().map(|updates| updates.recv_deadline(deadline))
+            self.lookup.updates.as_ref().map(|updates| updates.recv_deadline(deadline))
         {
             self.handle_update(update, Instant::now());
         }
-        let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
-        unasked
-            .chain(self.in_flight.iter().map(|request| &request.candidate))
+        self.queue
+            .iter()
+            .chain(self.requests.in_flight.iter().map(|request| &request.candidate))
             .map(|candidate| &candidate.holder)
             .filter(|holder| **holder == Holder::peerix(holder.http, &self.hash_part))
             .map(|holder| holder.http)
@@ -246,7 +225,7 @@ impl LanSearch {
     /// Number of peers that discovery asked, and number of those that did not answer. `None` while
     /// the lookup runs, or if there were too many lookups.
     pub fn asked_and_unanswered(&self) -> Option<(u32, u32)> {
-        self.counts
+        self.lookup.counts
     }
 
     /// Takes the reason why the last holder gave no usable narinfo.
@@ -263,9 +242,8 @@ impl LanSearch {
     pub fn accept(&mut self, offer: &LanOffer) {
         let now = Instant::now();
         self.lan.health.record_answer(offer.http(), offer.latency, now);
-        if std::mem::replace(&mut self.is_open, false) {
-            self.lan.discovery.settle(self.lookup, Some(offer.candidate.peer));
-            for request in self.in_flight.iter_mut().filter(|request| request.deadline.is_none()) {
+        if self.lookup.settle(Some(offer.candidate.peer)) {
+            for request in self.requests.awaited_by_discovery() {
                 request.deadline = Some(now + ALTERNATE_TIMEOUT);
             }
         }
@@ -275,7 +253,7 @@ impl LanSearch {
     pub fn reject(&mut self, offer: &LanOffer, why: MissReason) {
         self.failure = Some(why);
         self.lan.health.record_miss(offer.http(), offer.latency, Instant::now());
-        self.report_failed(offer.candidate.peer);
+        self.lookup.report_failed(offer.candidate.peer);
     }
 
     /// Returns the next holder's narinfo; `None` if no holder is awaited any more, time is up, or
@@ -284,30 +262,31 @@ impl LanSearch {
     pub fn next_offer(&mut self, with_last_resort: bool) -> Option<LanOffer> {
         loop {
             let now = Instant::now();
-            while let Some(Ok(update)) = self.updates.as_ref().map(Receiver::try_recv) {
+            while let Some(Ok(update)) = self.lookup.updates.as_ref().map(Receiver::try_recv) {
                 self.handle_update(update, now);
             }
-            self.in_flight.retain(|request| request.deadline.is_none_or(|deadline| now < deadline));
+            let in_flight = &mut self.requests.in_flight;
+            in_flight.retain(|request| request.deadline.is_none_or(|deadline| now < deadline));
             let is_blocked = !self.send_requests(now, with_last_resort);
-            let is_idle = self.in_flight.is_empty() && self.updates.is_none() && !is_blocked;
-            if now >= self.deadline || is_idle && self.results.is_empty() {
+            let NarinfoRequests { in_flight, results, .. } = &self.requests;
+            let is_idle = in_flight.is_empty() && self.lookup.updates.is_none() && !is_blocked;
+            if now >= self.deadline || is_idle && results.is_empty() {
                 return None;
             }
-            let deadlines = self.in_flight.iter().filter_map(|request| request.deadline);
+            let deadlines = in_flight.iter().filter_map(|request| request.deadline);
             let blocked = is_blocked.then(|| now + POOL_RETRY_DELAY);
-            let retry = self.retries.iter().map(|retry| retry.due).min();
             let wake_up = deadlines
                 .chain(blocked)
-                .chain(retry)
-                .chain(self.next_hedge)
+                .chain(self.queue.next_retry())
+                .chain(self.limit.next_increase())
                 .fold(self.deadline, Instant::min);
             let no_updates = never();
             select! {
-                recv(self.results) -> result => if let Ok(result) = result
+                recv(results) -> result => if let Ok(result) = result
                     && let Some(offer) = self.handle_result(result) {
                     return Some(offer);
                 },
-                recv(self.updates.as_ref().unwrap_or(&no_updates)) -> update => match update {
+                recv(self.lookup.updates.as_ref().unwrap_or(&no_updates)) -> update => match update {
                     Ok(update) => self.handle_update(update, now),
                     Err(_) => self.handle_end(now),
                 },
@@ -320,10 +299,13 @@ impl LanSearch {
     fn handle_update(&mut self, update: LookupUpdate, now: Instant) {
         match update {
             LookupUpdate::Holder { peer, holder } => {
-                self.add_holder(LanHolder { peer, holder, failures: 0, is_blamed: false }, now)
+                self.first_seen.get_or_insert(holder.http);
+                if !self.queue.add(peer, holder, &self.lan.health, now) {
+                    self.lookup.report_failed(peer);
+                }
             }
             LookupUpdate::Ended { asked, unanswered } => {
-                self.counts = Some((asked, unanswered));
+                self.lookup.counts = Some((asked, unanswered));
                 self.handle_end(now);
             }
         }
@@ -331,81 +313,61 @@ impl LanSearch {
 
     /// Handles the end of the wait in discovery: requests that are still running count as hung.
     fn handle_end(&mut self, now: Instant) {
-        self.updates = None;
-        if !std::mem::replace(&mut self.is_open, false) {
+        if !self.lookup.end() {
             return;
         }
-        self.retries.clear();
-        for request in self.in_flight.iter_mut().filter(|request| request.deadline.is_none()) {
+        self.queue.clear_retries();
+        for request in self.requests.awaited_by_discovery() {
             request.deadline = Some(now);
-            let http = request.candidate.holder.http;
+            let http = request.candidate.http();
             self.lan.health.record_timeout(http, now - request.began, request.began, now);
             self.failure = Some(MissReason::failed(http, &"its narinfo does not come"));
         }
     }
 
-    fn add_holder(&mut self, candidate: LanHolder, now: Instant) {
-        let http = candidate.holder.http;
-        self.first_seen.get_or_insert(http);
-        let health = &self.lan.health;
-        let list = match health.eligibility(http, now) {
-            Eligibility::Now if !health.is_doubtful(http) => return self.untried.push(candidate),
-            Eligibility::Now => Some(&mut self.doubtful),
-            Eligibility::Last => Some(&mut self.last_resort),
-            Eligibility::Never => None,
-        };
-        let peer = candidate.peer;
-        list.into_iter().for_each(|list| list.push(candidate.clone()));
-        self.report_failed(peer);
-    }
-
-    fn report_failed(&self, peer: SocketAddr) {
-        if self.is_open {
-            self.lan.discovery.report_failed(self.lookup, peer);
-        }
-    }
-
     /// Starts as many requests as the limit admits. Returns false if the request pool is full.
     fn send_requests(&mut self, now: Instant, with_last_resort: bool) -> bool {
-        if self.next_hedge.is_some_and(|at| at <= now) {
-            self.max_in_flight = MAX_HOLDERS.min(2 * self.max_in_flight + 1);
-            self.next_hedge = Some(now + HEDGE_DELAY);
-        }
-        let due = self.retries.extract_if(.., |retry| retry.due <= now);
-        self.untried.extend(due.map(|retry| retry.candidate));
-        self.lan.health.sort_by_health(&mut self.untried, |candidate| candidate.holder.http);
-        while self.in_flight.len() < self.max_in_flight {
-            let is_hedging = self.max_in_flight > 1;
-            let nobody_else = self.updates.is_none() && self.in_flight.is_empty();
-            let (list, timeout): (fn(&mut Self) -> &mut Vec<LanHolder>, _) =
-                if !self.untried.is_empty() {
-                    (|search| &mut search.untried, (!self.is_open).then_some(ALTERNATE_TIMEOUT))
-                } else if !self.doubtful.is_empty() && (nobody_else || is_hedging) {
-                    let latency = self.lan.health.latency(self.doubtful[0].holder.http);
-                    let timeout = (latency * 4).clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT);
-                    (|search| &mut search.doubtful, Some(timeout))
-                } else if !self.last_resort.is_empty() && nobody_else && with_last_resort {
-                    (|search| &mut search.last_resort, Some(DOUBTFUL_TIMEOUT))
-                } else {
-                    return true;
-                };
-            let candidate = list(self)[0].clone();
+        self.limit.increase_if_due(now, |max| MAX_HOLDERS.min(2 * max + 1));
+        self.queue.update(&self.lan.health, now);
+        while self.requests.in_flight.len() < self.limit.max() {
+            let is_hedging = self.limit.max() > 1;
+            let nobody_else = self.lookup.updates.is_none() && self.requests.in_flight.is_empty();
+            let worst = if nobody_else && with_last_resort {
+                HealthRank::LastResort
+            } else if nobody_else || is_hedging {
+                HealthRank::Doubtful
+            } else {
+                HealthRank::Good
+            };
+            let Some(candidate) = self.queue.pop(worst) else { return true };
+            let deadline = self.narinfo_timeout(&candidate).map(|timeout| now + timeout);
             if !self.send_request(&candidate, now) {
+                self.queue.put_back(candidate);
                 return false;
             }
-            list(self).remove(0);
-            let deadline = timeout.map(|timeout| now + timeout);
-            self.in_flight.push(NarinfoRequest { candidate, began: now, deadline });
-            self.next_hedge.get_or_insert(now + HEDGE_DELAY);
+            self.requests.in_flight.push(NarinfoRequest { candidate, began: now, deadline });
+            self.limit.start(now);
         }
         true
+    }
+
+    /// Longest wait for the narinfo of a holder; `None` if discovery decides it.
+    fn narinfo_timeout(&self, candidate: &LanHolder) -> Option<Duration> {
+        match candidate.rank {
+            HealthRank::Good => (!self.lookup.is_open()).then_some(ALTERNATE_TIMEOUT),
+            HealthRank::Doubtful => {
+                let latency = self.lan.health.latency(candidate.http());
+                Some((latency * 4).clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT))
+            }
+            HealthRank::LastResort => Some(DOUBTFUL_TIMEOUT),
+        }
     }
 
     fn send_request(&self, candidate: &LanHolder, began: Instant) -> bool {
         let (client, health) = (self.lan.client.clone(), self.lan.health.clone());
         let (result_sender, hash_part, candidate) =
-            (self.result_sender.clone(), self.hash_part, candidate.clone());
-        let http = candidate.holder.http;
+            (self.requests.result_sender.clone(), self.hash_part, candidate.clone());
+        let http = candidate.http();
         self.lan.requests.start(http.ip(), health.is_proven(http), move || {
             let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT.get());
             let ended = Instant::now();
@@ -421,28 +383,22 @@ impl LanSearch {
 
     fn handle_result(&mut self, result: NarinfoResult) -> Option<LanOffer> {
         let NarinfoResult { mut candidate, began, ended, result } = result;
-        self.in_flight.retain(|request| request.candidate.peer != candidate.peer);
+        self.requests.in_flight.retain(|request| request.candidate.peer != candidate.peer);
         match result {
             Ok(narinfo) => Some(LanOffer { candidate, latency: ended - began, narinfo }),
             Err(e) => {
-                log::debug!("{}: peer {}: {e}", self.hash_part, candidate.holder.http);
-                self.failure = Some(MissReason::failed(candidate.holder.http, &e));
-                if e.is_temporary() && self.is_open {
+                log::debug!("{}: peer {}: {e}", self.hash_part, candidate.http());
+                self.failure = Some(MissReason::failed(candidate.http(), &e));
+                if e.is_temporary() && self.lookup.is_open() {
                     let delay = backoff::pause(RETRY_DELAY, candidate.failures, MAX_RETRY_DELAY);
                     candidate.failures += 1;
                     candidate.is_blamed |= e.fault().is_some();
-                    self.retries.push(NarinfoRetry { candidate, due: Instant::now() + delay });
+                    self.queue.add_retry(candidate, Instant::now() + delay);
                 } else {
-                    self.report_failed(candidate.peer);
+                    self.lookup.report_failed(candidate.peer);
                 }
                 None
             }
         }
-    }
-}
-
-impl Drop for LanSearch {
-    fn drop(&mut self) {
-        self.settle();
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod announce;
 pub mod client;
+mod concurrency_limit;
 mod friend_transport;
 pub mod friends;
 pub mod health;
