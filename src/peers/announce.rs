@@ -250,7 +250,7 @@ impl AnnouncerThread {
             }
         }
         if self.tracker.is_reached()
-            && let Err(e) = self.tracker.leave()
+            && let Err(e) = self.tracker.client().leave()
         {
             log::debug!("tracker {}: leaving: {e}", self.tracker.url());
         }

@@ -89,7 +89,7 @@ impl FilterUpload {
         if now < self.next || has_it || !self.backoff.is_due(now) {
             return;
         }
-        match self.tracker.put_filter(&filter) {
+        match self.tracker.client().put_filter(&filter) {
             Ok(timestamp) => {
                 self.published = Some((version, timestamp));
                 self.backoff.reset();

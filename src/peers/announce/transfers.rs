@@ -103,7 +103,7 @@ impl TransferQueue {
                 waiting.remove();
                 continue;
             }
-            match self.tracker.begin_transfers(waiting.key(), count as u32) {
+            match self.tracker.client().begin_transfers(waiting.key(), count as u32) {
                 Ok((first, named)) => {
                     // Reports that are left may be what fails.
                     if self.reports.is_empty() {
@@ -131,7 +131,7 @@ impl TransferQueue {
     fn send_reports(&mut self) {
         for _ in 0..MAX_REPORTS_PER_ROUND {
             let Some(report) = self.reports.front() else { return };
-            match self.tracker.report(report.transfer_id, report.role, report.bytes) {
+            match self.tracker.client().report(report.transfer_id, report.role, report.bytes) {
                 Err(e) if e.is_temporary() && report.ended.elapsed() < REPORT_TTL.get() => {
                     log::debug!("tracker {}: report: {e}", self.tracker.url());
                     return self.backoff.record_failure(e.retry_after(), Instant::now());
