@@ -5,44 +5,37 @@
 //! resolved: four at once, and twice as many after each 100 ms without a good narinfo. A path is a
 //! miss when all candidates have denied it. The whole search ends after 4 s.
 
+mod addresses;
+mod tracker_lookups;
+
 use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
+use super::concurrency_limit::ConcurrencyLimit;
 use super::health::{Eligibility, PeerHealth, PeerKey};
 use super::request_pool::{RequestPool, RequestTarget};
-use super::tracker::{self, Tracker};
 use crate::backoff;
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
 use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::nix::HashPart;
-use crate::resolver::{NameResolver, parse_address};
+use crate::resolver::NameResolver;
 use crate::time_scale::Timeout;
-use crate::wire::tracker::{
-    Candidate, CandidateList, MAX_ADDR, Role, TransferName, can_be_peer, is_peer_id,
-};
+use crate::wire::tracker::{Role, TransferName};
+use addresses::LocatedCandidate;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracker_lookups::{POOL_RETRY_DELAY, TrackerAnswer, TrackerLookups};
 
 /// Time limit of a search on other networks. It covers the restart of a tracker, and after that a
 /// connection to a peer that loses a packet twice.
 const WAN_TIMEOUT: Timeout = Timeout::from_secs(4);
-/// Delay after which a tracker is asked again on another connection. Most trackers answer sooner.
-/// The kernel repeats a lost packet after 200 ms on an established connection, but only after 1 s
-/// on a new one.
-const HEDGE_DELAY: Duration = Duration::from_millis(300);
 /// Candidates that are asked at first.
 const FIRST_IN_FLIGHT: usize = 4;
-/// Time without a good narinfo after which further candidates are asked.
-const INCREASE_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest wait for a candidate that failed recently.
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(500);
-/// Longest wait for the addresses of the host names in one list of candidates.
-const NAMES_TIMEOUT: Duration = Duration::from_millis(500);
-/// Delay before the next attempt of a request that other requests block.
-const POOL_RETRY_DELAY: Duration = Duration::from_millis(10);
 /// First delay before a proven candidate that is busy or restarts is asked again. The delay
 /// doubles up to [`MAX_RETRY_DELAY`].
 const RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -96,13 +89,10 @@ impl WanSource {
         WanSearch {
             wan: self.clone(),
             hash_part: *hash_part,
-            began: None,
-            deadline: Instant::now(),
-            latest_deadline: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
-            calls: Vec::new(),
+            deadline: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
+            trackers: TrackerLookups::default(),
             candidates: Vec::new(),
-            max_in_flight: FIRST_IN_FLIGHT,
-            next_increase: None,
+            limit: ConcurrencyLimit::new(FIRST_IN_FLIGHT),
             sender,
             answers,
             found: false,
@@ -140,14 +130,6 @@ pub struct OfferOrigin {
     pub peer_id: String,
 }
 
-/// Returns true if a candidate has a valid form. IDs and host names are stored and sent to others,
-/// so their length and characters are checked.
-fn can_be_asked(candidate: &Candidate) -> bool {
-    is_peer_id(&candidate.peer_id)
-        && (1..=MAX_ADDR).contains(&candidate.addr.len())
-        && candidate.port != 0
-}
-
 /// Narinfo from a peer on another network.
 pub struct WanOffer {
     /// Address of the peer's HTTP server.
@@ -162,112 +144,16 @@ pub struct WanOffer {
 pub struct WanSearch {
     wan: Arc<WanSource>,
     hash_part: HashPart,
-    began: Option<Instant>,
+    /// End of the search. It may come sooner once the search has begun.
     deadline: Instant,
-    /// Latest end of the search, even if it starts late.
-    latest_deadline: Instant,
-    calls: Vec<TrackerLookup>,
+    trackers: TrackerLookups,
     candidates: Vec<CandidateState>,
-    /// Number of candidates that may be asked at once.
-    max_in_flight: usize,
-    next_increase: Option<Instant>,
+    limit: ConcurrencyLimit,
     sender: Sender<NarinfoAnswer>,
     answers: Receiver<NarinfoAnswer>,
     found: bool,
     /// Last candidate whose answer was useless, and that answer.
     unusable: Option<(SocketAddr, PeerError)>,
-}
-
-/// Lookup at one tracker.
-struct TrackerLookup {
-    tracker: Arc<Tracker>,
-    /// Index of the tracker in [`Trackers::all`].
-    index: usize,
-    /// Number of connections on which the tracker was asked, and number of those that failed.
-    sent: u32,
-    failed: u32,
-    error: Option<tracker::TrackerError>,
-    is_answered: bool,
-    /// Number of answers whose host names are being resolved. [`NarinfoAnswer::Name`] says when
-    /// that ends.
-    resolving: u32,
-    /// True if the failure of this lookup was recorded.
-    is_recorded: bool,
-}
-
-impl TrackerLookup {
-    fn new(tracker: Arc<Tracker>, index: usize) -> Self {
-        TrackerLookup {
-            tracker,
-            index,
-            sent: 0,
-            failed: 0,
-            error: None,
-            is_answered: false,
-            resolving: 0,
-            is_recorded: false,
-        }
-    }
-
-    fn is_awaited(&self) -> bool {
-        !self.is_answered && (self.sent == 0 || self.failed < self.sent)
-    }
-}
-
-/// Candidate with its IP address.
-struct LocatedCandidate {
-    address: SocketAddr,
-    peer_id: String,
-    /// Position in the tracker's list.
-    rank: usize,
-}
-
-/// Candidate with a host name, and its position in the tracker's list.
-type NamedCandidate = (usize, Candidate);
-
-/// Splits the valid candidates of a list into those with IP addresses and those with host names.
-fn split(list: CandidateList) -> (Vec<LocatedCandidate>, Vec<NamedCandidate>) {
-    let (mut located, mut named) = (Vec::new(), Vec::new());
-    let CandidateList { candidates, others } = list;
-    for (rank, candidate) in
-        candidates.into_iter().enumerate().chain(others.into_iter().enumerate())
-    {
-        if !can_be_asked(&candidate) {
-            continue;
-        }
-        match parse_address(&candidate.addr) {
-            Some(ip) => located.extend(locate(candidate, rank, ip)),
-            None => named.push((rank, candidate)),
-        }
-    }
-    (located, named)
-}
-
-/// Resolves the host names that the tracker with the index `tracker` names, and sends each
-/// candidate as soon as its address is known. Blocks until `deadline` at most; later names are left
-/// out.
-fn resolve(
-    names: &Arc<NameResolver>,
-    named: &[NamedCandidate],
-    tracker: usize,
-    deadline: Instant,
-    sender: &Sender<NarinfoAnswer>,
-) {
-    let hosts: Vec<&str> = named.iter().map(|(_, candidate)| &*candidate.addr).collect();
-    names.resolve(&hosts, deadline, |index, ip| {
-        let (rank, candidate) = &named[index];
-        let located = ip.and_then(|ip| locate(candidate.clone(), *rank, ip));
-        if located.is_some() {
-            let _ = sender.send(NarinfoAnswer::Name { index: tracker, located });
-        }
-    });
-    let _ = sender.send(NarinfoAnswer::Name { index: tracker, located: None });
-}
-
-fn locate(candidate: Candidate, rank: usize, ip: IpAddr) -> Option<LocatedCandidate> {
-    let Candidate { peer_id, port, .. } = candidate;
-    let address = SocketAddr::new(ip, port);
-    can_be_peer(ip).then_some(LocatedCandidate { address, peer_id, rank })
 }
 
 struct CandidateState {
@@ -295,19 +181,9 @@ enum CandidatePhase {
     Done,
 }
 
-/// Candidates of a tracker.
-struct FoundCandidates {
-    /// Those with IP addresses.
-    located: Vec<LocatedCandidate>,
-    /// True if those with host names follow, each in [`NarinfoAnswer::Name`].
-    has_names: bool,
-}
-
 enum NarinfoAnswer {
     /// From the tracker with the index `index` in [`Trackers::all`].
-    Tracker { index: usize, result: Result<FoundCandidates, tracker::TrackerError> },
-    /// A candidate of that tracker whose host name was resolved; `None` at the end of the list.
-    Name { index: usize, located: Option<LocatedCandidate> },
+    Tracker { index: usize, answer: TrackerAnswer },
     /// From the candidate with the index `index`.
     Peer { index: usize, result: Box<Result<PeerNarinfo, PeerError>> },
 }
@@ -316,8 +192,9 @@ impl WanSearch {
     /// Restarts the time limit of the search for alternate holders. The search ends at `deadline`
     /// at the latest.
     pub fn resume(&mut self, deadline: Instant) {
-        self.latest_deadline = deadline;
-        self.deadline = deadline.min(Instant::now() + WAN_TIMEOUT.get());
+        let has_begun = self.trackers.began().is_some();
+        self.deadline =
+            if has_begun { deadline.min(Instant::now() + WAN_TIMEOUT.get()) } else { deadline };
     }
 
     /// Number of candidates that were asked, and number of those that sent no answer.
@@ -351,15 +228,22 @@ impl WanSearch {
     /// Returns the next narinfo of a holder; `None` if no candidate is left or time is up. Blocks
     /// for at most 4 s from the first call, or from the last [`WanSearch::resume`].
     pub fn next_offer(&mut self) -> Option<WanOffer> {
-        if self.began.is_none() {
-            self.begin();
+        if self.trackers.began().is_none() {
+            self.trackers.begin(&self.wan.trackers);
+            self.deadline = self.deadline.min(Instant::now() + WAN_TIMEOUT.get());
         }
         loop {
             let now = Instant::now();
             if now >= self.deadline {
                 break;
             }
-            let is_blocked = !self.call_trackers(now) | !self.send_requests(now);
+            let sender = self.sender.clone();
+            let send = move |index, answer| {
+                let _ = sender.send(NarinfoAnswer::Tracker { index, answer });
+            };
+            let WanSource { requests, names, .. } = &*self.wan;
+            let is_blocked = !self.trackers.call(self.hash_part, requests, names, now, send)
+                | !self.send_requests(now);
             let Some(wake_up) = self.next_wake_up(is_blocked, now) else { break };
             select! {
                 recv(self.answers) -> answer => if let Ok(answer) = answer
@@ -375,61 +259,8 @@ impl WanSearch {
         None
     }
 
-    fn begin(&mut self) {
-        let usable = |(index, tracker): (usize, &Arc<Tracker>)| {
-            tracker.await_usable().then(|| TrackerLookup::new(tracker.clone(), index))
-        };
-        self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
-        let began = Instant::now();
-        self.began = Some(began);
-        self.deadline = self.latest_deadline.min(began + WAN_TIMEOUT.get());
-    }
-
-    fn trackers_deadline(&self) -> Instant {
-        self.began.unwrap_or(self.deadline) + tracker::LOOKUP_TIMEOUT.get()
-    }
-
-    /// Asks each tracker, and asks a slow one a second time. Returns false if the request pool is
-    /// full.
-    fn call_trackers(&mut self, now: Instant) -> bool {
-        let (deadline, hedge) = (self.trackers_deadline(), self.began.unwrap_or(now) + HEDGE_DELAY);
-        let mut may_ask = true;
-        for call in self.calls.iter_mut().filter(|call| now < deadline && call.is_awaited()) {
-            if call.sent == 0 || call.sent == 1 && now >= hedge {
-                let (tracker, index, is_hedge) = (call.tracker.clone(), call.index, call.sent == 1);
-                let (sender, hash_part) = (self.sender.clone(), self.hash_part);
-                let names = self.wan.names.clone();
-                let began = self.wan.requests.run(RequestTarget::Tracker, move || {
-                    let found = tracker.lookup(&hash_part, is_hedge, deadline).map(split);
-                    let mut named = Vec::new();
-                    let result = found.map(|(located, with_names)| {
-                        named = with_names;
-                        FoundCandidates { located, has_names: !named.is_empty() }
-                    });
-                    let _ = sender.send(NarinfoAnswer::Tracker { index, result });
-                    // Candidates with IP addresses do not wait for these.
-                    if !named.is_empty() {
-                        resolve(&names, &named, index, Instant::now() + NAMES_TIMEOUT, &sender);
-                    }
-                });
-                call.sent += u32::from(began);
-                may_ask &= began;
-            }
-        }
-        may_ask
-    }
-
     /// Time of the next action if no answer arrives; `None` if nothing is awaited.
     fn next_wake_up(&self, is_blocked: bool, now: Instant) -> Option<Instant> {
-        let hedge = self.began.unwrap_or(now) + HEDGE_DELAY;
-        let call = |call: &TrackerLookup| {
-            if call.sent < 2 { hedge.max(now + POOL_RETRY_DELAY) } else { self.trackers_deadline() }
-        };
-        let calls = self
-            .calls
-            .iter()
-            .filter(|call| now < self.trackers_deadline() && call.is_awaited())
-            .map(call);
         let candidate = |candidate: &CandidateState| match candidate.phase {
             CandidatePhase::Untried(at) if self.may_be_asked(candidate, now) && at > now => {
                 Some(at)
@@ -441,11 +272,13 @@ impl WanSearch {
         };
         // Only the end of the search bounds this wait: `NAMES_TIMEOUT` bounds the resolution
         // itself.
-        let names = self.calls.iter().filter(|call| call.resolving > 0).map(|_| self.deadline);
+        let names = self.trackers.is_resolving().then_some(self.deadline);
         let candidates = self.candidates.iter().filter_map(candidate);
         let blocked = is_blocked.then(|| now + POOL_RETRY_DELAY);
-        let awaited = calls.chain(names).chain(candidates).chain(blocked).min()?;
-        Some(self.next_increase.map_or(awaited, |wave| awaited.min(wave)).min(self.deadline))
+        let lookups = self.trackers.next_wake_up(now).into_iter();
+        let awaited = lookups.chain(names).chain(candidates).chain(blocked).min()?;
+        let increase = self.limit.next_increase();
+        Some(increase.map_or(awaited, |increase| awaited.min(increase)).min(self.deadline))
     }
 
     fn add_candidates(&mut self, tracker: usize, located: Vec<LocatedCandidate>) {
@@ -514,13 +347,10 @@ impl WanSearch {
     /// Asks as many candidates as the limit admits. Returns false if other requests block a
     /// candidate.
     fn send_requests(&mut self, now: Instant) -> bool {
-        if self.next_increase.is_some_and(|at| at <= now) {
-            self.max_in_flight = self.max_in_flight.saturating_mul(2);
-            self.next_increase = Some(now + INCREASE_INTERVAL);
-        }
+        self.limit.increase_if_due(now, |max| max.saturating_mul(2));
         let in_flight =
             self.candidates.iter().filter(|candidate| self.is_awaited(candidate, now)).count();
-        let mut free = self.max_in_flight.saturating_sub(in_flight);
+        let mut free = self.limit.max().saturating_sub(in_flight);
         let mut may_ask = true;
         for index in self.asking_order(now) {
             if free == 0 {
@@ -533,7 +363,7 @@ impl WanSearch {
             }
         }
         if self.candidates.iter().any(|candidate| candidate.was_asked) {
-            self.next_increase.get_or_insert(now + INCREASE_INTERVAL);
+            self.limit.start(now);
         }
         may_ask
     }
@@ -580,12 +410,9 @@ impl WanSearch {
         let hopeful = all.clone().filter(|index| self.may_be_asked(&self.candidates[*index], now));
         let mut order: Vec<_> = hopeful.filter(is_due).collect();
         let is_awaited = |index: &usize| self.is_awaited(&self.candidates[*index], now);
-        let may_name_more = self.calls.iter().any(TrackerLookup::is_awaited)
-            && now < self.trackers_deadline()
-            || self.calls.iter().any(|call| call.resolving > 0);
         let others_are_left = order.iter().any(|index| !is_doubtful(index))
             || all.clone().any(|index| is_awaited(&index) && !is_doubtful(&index))
-            || may_name_more;
+            || self.trackers.may_name_more(now);
         if others_are_left {
             order.retain(|index| !is_doubtful(index));
         }
@@ -651,40 +478,12 @@ impl WanSearch {
 
     fn handle_answer(&mut self, answer: NarinfoAnswer) -> Option<WanOffer> {
         match answer {
-            NarinfoAnswer::Tracker { index, result } => {
-                self.handle_candidates(index, result);
-                None
-            }
-            NarinfoAnswer::Name { index, located: Some(located) } => {
-                self.add_candidates(index, vec![located]);
-                None
-            }
-            NarinfoAnswer::Name { index, located: None } => {
-                let call = self.calls.iter_mut().find(|call| call.index == index);
-                call.into_iter().for_each(|call| call.resolving -= 1);
+            NarinfoAnswer::Tracker { index, answer } => {
+                let located = self.trackers.handle(index, answer);
+                self.add_candidates(index, located);
                 None
             }
             NarinfoAnswer::Peer { index, result } => self.handle_narinfo(index, *result),
-        }
-    }
-
-    fn handle_candidates(
-        &mut self,
-        index: usize,
-        result: Result<FoundCandidates, tracker::TrackerError>,
-    ) {
-        let Some(call) = self.calls.iter_mut().find(|call| call.index == index) else { return };
-        match result {
-            Ok(found) => {
-                call.resolving += u32::from(found.has_names);
-                if !std::mem::replace(&mut call.is_answered, true) {
-                    self.add_candidates(index, found.located);
-                }
-            }
-            Err(e) => {
-                call.failed += 1;
-                call.error = Some(e);
-            }
         }
     }
 
@@ -732,8 +531,8 @@ impl WanSearch {
     /// Many silent candidates delay Nix.
     fn record_results(&mut self) {
         let now = Instant::now();
-        let began = self.began.unwrap_or(now);
-        for call in &self.calls {
+        let began = self.trackers.began().unwrap_or(now);
+        for call in &self.trackers.lookups {
             let named = || {
                 self.candidates.iter().filter(|candidate| candidate.origin.tracker == call.index)
             };
@@ -746,20 +545,7 @@ impl WanSearch {
                 call.tracker.record_candidates(alive, 0, began, now);
             }
         }
-        for call in &mut self.calls {
-            if call.is_answered
-                || self.found && call.is_awaited()
-                || std::mem::replace(&mut call.is_recorded, true)
-            {
-                continue;
-            }
-            match &call.error {
-                // The tracker is reachable but overloaded.
-                Some(tracker::TrackerError::Refused(429, ..)) => {}
-                Some(e) => call.tracker.record_failed_lookup(e, began),
-                None => call.tracker.record_failed_lookup(&"lookups take too long", began),
-            }
-        }
+        self.trackers.record_failures(self.found, now);
     }
 }
 
@@ -767,27 +553,12 @@ impl WanSearch {
 mod tests {
     use super::super::announce::Publication;
     use super::super::tracker::NodeIdentity;
+    use super::addresses::{NamedCandidate, resolve, split};
+    use super::tracker_lookups::{FoundCandidates, NAMES_TIMEOUT};
     use super::*;
     use crate::network::NetworkPolicy;
     use crate::nix::StoreDir;
-
-    /// Guards against a tracker that fills the memory with long host names.
-    #[test]
-    fn malformed_candidate_is_not_asked() {
-        let candidate = |peer_id: &str, addr: &str, port| {
-            can_be_asked(&Candidate {
-                peer_id: peer_id.into(),
-                addr: addr.into(),
-                port,
-                score: 0.0,
-            })
-        };
-        assert!(candidate("a", "example.org", 1) && candidate("a", "203.0.113.1", 65535));
-        assert!(!candidate("", "example.org", 1) && !candidate("a\n", "example.org", 1));
-        assert!(!candidate(&"a".repeat(129), "example.org", 1));
-        assert!(!candidate("a", "", 1) && !candidate("a", &"a".repeat(MAX_ADDR + 1), 1));
-        assert!(!candidate("a", "example.org", 0));
-    }
+    use crate::wire::tracker::{Candidate, CandidateList};
 
     fn peer(last: u8, port: u16) -> SocketAddr {
         SocketAddr::from(([203, 0, 113, last], port))
@@ -809,9 +580,9 @@ mod tests {
         };
         let mut search = Arc::new(wan).search(&HashPart::parse(&[b'0'; 32]).unwrap());
         let now = Instant::now();
-        (search.began, search.deadline) = (Some(now), now + Duration::from_secs(3600));
         let tracker = search.wan.trackers.all().next().unwrap().clone();
-        search.calls = vec![TrackerLookup { sent: 1, ..TrackerLookup::new(tracker, 0) }];
+        search.trackers = TrackerLookups::asked(tracker, now);
+        search.deadline = now + Duration::from_secs(3600);
         search
     }
 
@@ -822,8 +593,9 @@ mod tests {
     /// Hands in a tracker's answer, and returns the candidates with host names.
     fn name_candidates(search: &mut WanSearch, candidates: Vec<Candidate>) -> Vec<NamedCandidate> {
         let (located, named) = split(CandidateList { candidates, others: Vec::new() });
-        let result = Ok(FoundCandidates { located, has_names: !named.is_empty() });
-        search.handle_answer(NarinfoAnswer::Tracker { index: 0, result });
+        let found = FoundCandidates { located, has_names: !named.is_empty() };
+        let answer = TrackerAnswer::List(Ok(found));
+        search.handle_answer(NarinfoAnswer::Tracker { index: 0, answer });
         named
     }
 
@@ -857,7 +629,11 @@ mod tests {
         assert_eq!(addresses(&search), [peer(1, 3)]);
         let (names, sender) = (search.wan.names.clone(), search.sender.clone());
         let deadline = Instant::now() + Duration::from_secs(60);
-        let thread = std::thread::spawn(move || resolve(&names, &named, 0, deadline, &sender));
+        let send = move |located| {
+            let answer = TrackerAnswer::Name(located);
+            let _ = sender.send(NarinfoAnswer::Tracker { index: 0, answer });
+        };
+        let thread = std::thread::spawn(move || resolve(&names, &named, deadline, send));
         let first = search.answers.recv().unwrap();
         search.handle_answer(first);
         assert_eq!(addresses(&search), [peer(1, 3), peer(9, 4)], "one name is slow");
@@ -880,7 +656,8 @@ mod tests {
         name_candidates(&mut search, vec![candidate("a.example", 2)]);
         let late = Instant::now() + 2 * NAMES_TIMEOUT;
         assert!(search.next_wake_up(false, late).is_some(), "the answer is under way");
-        search.handle_answer(NarinfoAnswer::Name { index: 0, located: None });
+        let answer = TrackerAnswer::Name(None);
+        search.handle_answer(NarinfoAnswer::Tracker { index: 0, answer });
         assert_eq!(search.next_wake_up(false, late), None);
     }
 
@@ -891,7 +668,7 @@ mod tests {
         let mut search = search(|_| Vec::new());
         let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
         name_candidates(&mut search, ports);
-        let tracker = search.calls[0].tracker.clone();
+        let tracker = search.trackers.lookups[0].tracker.clone();
         let now = Instant::now();
         use_up_rate(&search, 1, now);
         for (millis, ends) in [(0, false), (199, false), (200, true)] {
@@ -904,7 +681,7 @@ mod tests {
         search.record_results();
         let timeout = tracker.unproven_timeout().unwrap();
         // A later lookup waits no longer than for candidates that are asked.
-        search.calls[0].is_answered = false;
+        search.trackers.lookups[0].is_answered = false;
         let ports = (1..=64).map(|port| candidate("203.0.113.2", port)).collect();
         name_candidates(&mut search, ports);
         let later = Instant::now();
@@ -932,7 +709,7 @@ mod tests {
         while hang() {}
         let ports = || (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
         name_candidates(&mut search, ports());
-        let tracker = search.calls[0].tracker.clone();
+        let tracker = search.trackers.lookups[0].tracker.clone();
         assert!(!search.send_requests(Instant::now()));
         assert!(!is_over(&search), "one of the requests may show that somebody is there");
         search.record_results();
@@ -952,7 +729,7 @@ mod tests {
             let mut search = search(|_| Vec::new());
             let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
             name_candidates(&mut search, ports);
-            let tracker = search.calls[0].tracker.clone();
+            let tracker = search.trackers.lookups[0].tracker.clone();
             let now = Instant::now();
             if is_suspected {
                 tracker.record_candidates(0, 64, now, now);
