@@ -142,13 +142,12 @@ impl PeerClient {
     /// # Errors
     /// See [`PeerError`].
     pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), PeerError> {
-        let response = expect_status(self.get(peer, "nix-cache-info", None, timeout)?, &[200])?;
-        read_up_to(MAX_GREETING_BYTES, &mut response.into_body().as_reader())?;
+        read_up_to(MAX_GREETING_BYTES, self.get(peer, "nix-cache-info", None, timeout)?)?;
         Ok(())
     }
 
-    /// Sends a request, and repeats it once as [`retry_once_if_stale`] does. Reading the body has
-    /// the same time limit.
+    /// Sends a request, and repeats it once as [`retry_once_if_stale`] does. The status must be 200,
+    /// or 206 for a range. Reading the body has the same time limit.
     fn get(
         &self,
         peer: SocketAddr,
@@ -162,7 +161,8 @@ impl PeerClient {
                 range.into_iter().fold(request, |request, of| request.header("Range", of));
             request.config().timeout_global(Some(left)).build().call()
         };
-        Ok(retry_once_if_stale(timeout, call)?)
+        let status = if range.is_some() { 206 } else { 200 };
+        expect_status(retry_once_if_stale(timeout, call)?, &[status])
     }
 
     fn agent(&self) -> Agent {
@@ -220,8 +220,7 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<PeerNarinfo, PeerError> {
         let deadline = Instant::now() + timeout;
-        let response =
-            expect_status(self.get(holder.http, &holder.url_path, None, timeout)?, &[200])?;
+        let response = self.get(holder.http, &holder.url_path, None, timeout)?;
         let narinfo = self.narinfos.read(response.into_body().into_reader(), deadline)?;
         if narinfo.info.path.hash_part() != *hash_part {
             return Err(Malformed::new("narinfo", "of another path").into());
@@ -243,9 +242,8 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<Realisation, PeerError> {
         let path = format!("local/{}", id.url_path());
-        let response = expect_status(self.get(peer, &path, None, timeout)?, &[200])?;
-        let max = Realisation::MAX_LEN as u64 + 1;
-        let bytes = read_up_to(max, &mut response.into_body().as_reader())?;
+        let response = self.get(peer, &path, None, timeout)?;
+        let bytes = read_up_to(Realisation::MAX_LEN as u64 + 1, response)?;
         Ok(Realisation::parse(&bytes, id)?)
     }
 
@@ -285,12 +283,12 @@ impl PeerClient {
     ) -> Result<(Vec<[u8; 32]>, Option<f64>), PeerError> {
         let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
         let path = format!("local/digests/{nar_name}");
-        let response = expect_status(self.get(peer, &path, Some(&range), timeout)?, &[206])?;
+        let response = self.get(peer, &path, Some(&range), timeout)?;
         let pace = response
             .headers()
             .get(PACE_HEADER)
             .and_then(|field| field.to_str().ok()?.parse::<u32>().ok());
-        let bytes = read_up_to(count * DIGEST_LEN, &mut response.into_body().as_reader())?;
+        let bytes = read_up_to(count * DIGEST_LEN, response)?;
         Ok((bytes.as_chunks::<32>().0.to_vec(), pace.map(f64::from)))
     }
 
@@ -354,9 +352,9 @@ fn parse_relay_addresses<B>(response: &Response<B>) -> Vec<IpAddr> {
 }
 
 /// Reads at most `max` bytes of a body.
-fn read_up_to(max: u64, body: &mut impl Read) -> io::Result<Vec<u8>> {
+fn read_up_to(max: u64, response: Response<ureq::Body>) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    body.take(max).read_to_end(&mut bytes)?;
+    response.into_body().into_reader().take(max).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
