@@ -1,4 +1,4 @@
-//! Lookup of a path in discovery, for as long as discovery waits for this node's narinfo requests.
+//! Lookup of a path in discovery, for as long as discovery waits for this node's requests.
 
 use crate::lan::{DiscoveryClient, LookupId, LookupUpdate};
 use crate::nix::HashPart;
@@ -6,7 +6,7 @@ use crossbeam_channel::Receiver;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// Lookup of a path in discovery. While it is open, discovery waits for the narinfos of the holders
+/// Lookup of a path in discovery. While it is open, discovery waits for the requests to the holders
 /// that it named, and must learn their outcome. Dropping the lookup settles it.
 pub(super) struct DiscoveryLookup {
     discovery: Arc<DiscoveryClient>,

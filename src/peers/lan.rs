@@ -5,11 +5,11 @@
 //! holders are asked as the time before. A holder that failed recently is asked when no other
 //! holder is left.
 
-mod discovery_lookup;
 mod holder_queue;
 
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::concurrency_limit::ConcurrencyLimit;
+use super::discovery_lookup::DiscoveryLookup;
 use super::health::PeerHealth;
 use super::picker::HealthRank;
 use super::request_pool::RequestPool;
@@ -18,7 +18,6 @@ use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupUpdate, MAX_HOLD
 use crate::nix::HashPart;
 use crate::stats::MissReason;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
-use discovery_lookup::DiscoveryLookup;
 use holder_queue::{HolderQueue, LanHolder};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

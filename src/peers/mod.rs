@@ -3,6 +3,7 @@
 pub mod announce;
 pub mod client;
 mod concurrency_limit;
+mod discovery_lookup;
 mod friend_transport;
 pub mod friends;
 pub mod health;

@@ -5,12 +5,13 @@
 //! its derivation. The first good answer wins, and each search ends within 2 s.
 
 use super::client::{LogBody, PeerClient, PeerError};
+use super::discovery_lookup::DiscoveryLookup;
 use super::health::Eligibility;
 use super::lan::LanSource;
-use crate::lan::{LookupId, LookupUpdate, Neighbour};
+use crate::lan::{LookupUpdate, Neighbour};
 use crate::nix::{DrvOutput, Realisation, StorePath};
 use crate::time_scale::Timeout;
-use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use crossbeam_channel::{Sender, bounded, never, select};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -76,28 +77,16 @@ impl LanSource {
     /// most.
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
         let deadline = Instant::now() + SEARCH_TIMEOUT.get();
-        let (lookup, updates) = self.discovery.look_up(derivation.hash_part());
-        let log = self.first_log(derivation, lookup, updates, deadline);
-        self.discovery.settle(lookup, None);
-        log
-    }
-
-    fn first_log(
-        &self,
-        derivation: &StorePath,
-        lookup: LookupId,
-        mut holders: Receiver<LookupUpdate>,
-        deadline: Instant,
-    ) -> Option<LogBody> {
+        let mut lookup = DiscoveryLookup::start(&self.discovery, &derivation.hash_part());
         let (result_sender, results) = bounded(MAX_LOG_HOLDERS);
-        let (mut asked, mut in_flight, mut has_ended) = (0, 0, false);
-        while in_flight > 0 || !has_ended {
+        let (mut asked, mut in_flight, no_updates) = (0, 0, never());
+        while in_flight > 0 || lookup.updates.is_some() && asked < MAX_LOG_HOLDERS {
             select! {
-                recv(holders) -> update => match update {
+                recv(lookup.updates.as_ref().unwrap_or(&no_updates)) -> update => match update {
                     Ok(LookupUpdate::Holder { peer, holder }) => {
                         // Discovery must not wait for logs, because its time budgets are for
                         // narinfos.
-                        self.discovery.report_failed(lookup, peer);
+                        lookup.report_failed(peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
                         if asked < MAX_LOG_HOLDERS
@@ -106,7 +95,7 @@ impl LanSource {
                             (asked, in_flight) = (asked + 1, in_flight + 1);
                         }
                     }
-                    Ok(LookupUpdate::Ended { .. }) | Err(_) => (holders, has_ended) = (never(), true),
+                    Ok(LookupUpdate::Ended { .. }) | Err(_) => lookup.updates = None,
                 },
                 recv(results) -> answer => match answer {
                     Ok((_, Some(log))) => return Some(log),
@@ -114,7 +103,6 @@ impl LanSource {
                 },
                 default(deadline.saturating_duration_since(Instant::now())) => return None,
             }
-            has_ended |= asked == MAX_LOG_HOLDERS;
         }
         None
     }
