@@ -20,7 +20,7 @@ use crate::friends::{FriendList, tls};
 use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::nix::{HashPart, StoreDir};
-use crate::time_scale::{Interval, Timeout};
+use crate::time_scale::Interval;
 use crate::wire::tracker::{Identity, can_be_peer};
 use crate::wire::{HelloDigest, NodeKey};
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -28,10 +28,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
-
-/// Time after the start during which lookups wait for friends that have not been tried yet, because
-/// a wrong miss fails a build.
-const FIRST_TRY_TIMEOUT: Timeout = Timeout::from_secs(1);
 
 /// Interval at which the friends file is read again and the network is checked for changes.
 const POLL_INTERVAL: Interval = Interval::from_secs(2);
@@ -133,7 +129,7 @@ impl Friends {
     fn connect(&self, friend: Arc<FriendConfig>) -> Result<Arc<FriendLink>, String> {
         let config = tls::client_config(&self.identity, friend.key).map_err(|e| e.to_string())?;
         let client = PeerClient::for_friend(self.store_dir.clone(), config);
-        let link = Arc::new(FriendLink::new(friend, client, self.networks.clone()));
+        let link = Arc::new(FriendLink::new(friend, client, self.networks.clone(), self.started));
         let (thread_link, stopped) = (link.clone(), self.stopped.clone());
         let own = *self.list.own();
         let builder = thread::Builder::new().name("friend".into()).stack_size(STACK_BYTES);
@@ -182,13 +178,9 @@ impl Friends {
     /// Asks all reachable friends for a path. Sends the requests at once and does not wait for
     /// answers.
     pub fn search(&self, hash_part: &HashPart) -> FriendSearch {
-        let first_try_deadline = self.started + FIRST_TRY_TIMEOUT.get();
-        let waits = Instant::now() < first_try_deadline;
-        let may_answer =
-            |link: &Arc<FriendLink>| link.address().is_some() || waits && !link.was_tried();
         let mut to_ask = self.links.lock().clone();
-        to_ask.retain(may_answer);
-        FriendSearch::start(self.requests.clone(), hash_part, to_ask, first_try_deadline)
+        to_ask.retain(|link| link.may_have_address());
+        FriendSearch::start(self.requests.clone(), hash_part, to_ask)
     }
 }
 
@@ -208,7 +200,8 @@ mod tests {
         let store_dir = StoreDir::parse("/nix/store").unwrap();
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let client = PeerClient::new(store_dir.clone());
-        let link = Arc::new(FriendLink::new(Arc::new(friend), client, networks.clone()));
+        let link =
+            Arc::new(FriendLink::new(Arc::new(friend), client, networks.clone(), Instant::now()));
         let friends = Friends {
             list: Arc::new(FriendList::new(Vec::new(), None, identity.key())),
             identity,

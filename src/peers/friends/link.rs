@@ -36,6 +36,10 @@ const WAKE_DELAY: Duration = Duration::from_millis(100);
 /// call and not be reachable.
 pub(super) const MIN_CALL_INTERVAL: Interval = Interval::from_secs(5);
 
+/// Time after the start during which lookups wait for friends that have not been tried yet, because
+/// a wrong miss fails a build.
+const FIRST_TRY_TIMEOUT: Timeout = Timeout::from_secs(1);
+
 /// Largest number of unproven addresses per friend. When it is reached, the oldest one is dropped.
 const MAX_UNPROVEN_ADDRESSES: usize = 4;
 
@@ -68,6 +72,8 @@ pub struct FriendLink {
     /// Client whose connections authenticate the friend.
     pub client: PeerClient,
     networks: Arc<Networks>,
+    /// End of the wait of lookups for the first attempt.
+    first_try_deadline: Instant,
     state: Mutex<FriendState>,
     changed: Condvar,
     wake: Sender<()>,
@@ -110,35 +116,33 @@ pub struct FriendSnapshot {
 }
 
 impl FriendLink {
+    /// Creates a connection that has not been tried yet, for a program that started at `started`.
     pub(super) fn new(
         friend: Arc<FriendConfig>,
         client: PeerClient,
         networks: Arc<Networks>,
+        started: Instant,
     ) -> Self {
         let (wake, woken) = bounded(1);
+        let first_try_deadline = started + FIRST_TRY_TIMEOUT.get();
         let (state, changed) = Default::default();
-        FriendLink { friend, client, networks, state, changed, wake, woken }
+        FriendLink { friend, client, networks, first_try_deadline, state, changed, wake, woken }
     }
 
-    /// Address of the friend if it is reachable.
-    pub(super) fn address(&self) -> Option<SocketAddr> {
+    /// Returns true if the friend is reachable, or may be once it was tried.
+    pub(super) fn may_have_address(&self) -> bool {
         let state = self.state.lock();
+        state.is_up && state.proven.is_some()
+            || !state.was_tried && Instant::now() < self.first_try_deadline
+    }
+
+    /// Returns the address of the friend if it is reachable. Right after the start, blocks for 1 s
+    /// at most until the friend was tried once.
+    pub(super) fn wait_for_address(&self) -> Option<SocketAddr> {
+        let state = self.state.lock();
+        let left = self.first_try_deadline.saturating_duration_since(Instant::now());
+        let state = self.changed.wait_timeout_while(state, left, |state| !state.was_tried);
         state.proven.filter(|_| state.is_up).map(|(address, _)| address)
-    }
-
-    /// Returns true once the friend was reached or all its addresses have failed.
-    pub(super) fn was_tried(&self) -> bool {
-        self.state.lock().was_tried
-    }
-
-    /// Waits until the friend was tried once, and returns its address if it is reachable. Blocks
-    /// until `deadline` at most.
-    pub(super) fn wait_for_address(&self, deadline: Instant) -> Option<SocketAddr> {
-        let state = self.state.lock();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self.changed.wait_timeout_while(state, left, |state| !state.was_tried);
-        drop(waited);
-        self.address()
     }
 
     /// Returns true if `address` is on a network that is faster than compression.

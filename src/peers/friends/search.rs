@@ -24,14 +24,14 @@ pub struct FriendSearch {
     hash_part: HashPart,
     /// Friends that have not been asked yet.
     to_ask: Vec<Arc<FriendLink>>,
-    /// End of the wait for friends that have not been tried yet.
-    first_try_deadline: Instant,
     asked: u32,
     unanswered: u32,
     deadline: Instant,
-    answers: (Sender<FriendAnswer>, Receiver<FriendAnswer>),
-    /// Channel that signals the LAN search that a friend has the path.
-    found: (Sender<()>, Receiver<()>),
+    answer: Sender<FriendAnswer>,
+    answers: Receiver<FriendAnswer>,
+    /// Signals the LAN search that a friend has the path.
+    found: Sender<()>,
+    found_signal: Receiver<()>,
 }
 
 struct FriendAnswer {
@@ -51,24 +51,25 @@ pub struct FriendOffer {
 }
 
 impl FriendSearch {
-    /// Asks the friends `to_ask`. Those that have not been tried yet are asked once they were, until
-    /// `first_try_deadline`. Sends the requests at once and does not wait for answers.
+    /// Asks the friends `to_ask`. Sends the requests at once and does not wait for answers.
     pub(super) fn start(
         requests: Arc<RequestPool>,
         hash_part: &HashPart,
         to_ask: Vec<Arc<FriendLink>>,
-        first_try_deadline: Instant,
     ) -> Self {
+        let (answer, answers) = bounded(to_ask.len());
+        let (found, found_signal) = bounded(1);
         let mut search = FriendSearch {
             requests,
             hash_part: *hash_part,
-            answers: bounded(to_ask.len()),
             to_ask,
-            first_try_deadline,
             asked: 0,
             unanswered: 0,
             deadline: Instant::now() + NARINFO_TIMEOUT.get(),
-            found: bounded(1),
+            answer,
+            answers,
+            found,
+            found_signal,
         };
         search.ask();
         search
@@ -76,7 +77,7 @@ impl FriendSearch {
 
     /// Channel that receives one message as soon as a friend has the path.
     pub fn found_signal(&self) -> &Receiver<()> {
-        &self.found.1
+        &self.found_signal
     }
 
     /// Restarts the time limit of the search, which ends at `deadline` at the latest.
@@ -104,7 +105,7 @@ impl FriendSearch {
             let wake_up =
                 if self.to_ask.is_empty() { self.deadline } else { now + POOL_RETRY_DELAY };
             let Ok(FriendAnswer { link, result }) =
-                self.answers.1.recv_deadline(wake_up.min(self.deadline))
+                self.answers.recv_deadline(wake_up.min(self.deadline))
             else {
                 continue;
             };
@@ -120,11 +121,11 @@ impl FriendSearch {
     /// Asks the remaining friends, each in a thread of the pool, until the pool is full.
     fn ask(&mut self) {
         while let Some(link) = self.to_ask.pop() {
-            let (hash_part, first_try_deadline) = (self.hash_part, self.first_try_deadline);
-            let (answer, found) = (self.answers.0.clone(), self.found.0.clone());
+            let (hash_part, answer, found) =
+                (self.hash_part, self.answer.clone(), self.found.clone());
             let asked_link = link.clone();
             let started = self.requests.start(request_key(&link.friend.key), true, move || {
-                let result = request_narinfo(&asked_link, &hash_part, first_try_deadline);
+                let result = request_narinfo(&asked_link, &hash_part);
                 let has_it = result.as_ref().is_some_and(|(_, narinfo)| narinfo.is_ok());
                 let _ = answer.try_send(FriendAnswer { link: asked_link, result });
                 if has_it {
@@ -142,14 +143,12 @@ impl FriendSearch {
 }
 
 /// Requests the narinfo from a friend at its current address. Returns `None` if the friend is
-/// unreachable. Blocks for 2 s at most, and before that until `first_try_deadline` if the friend has
-/// not been tried yet.
+/// unreachable. Blocks for 2 s at most, and right after the start for up to 1 s more.
 fn request_narinfo(
     link: &FriendLink,
     hash_part: &HashPart,
-    first_try_deadline: Instant,
 ) -> Option<(SocketAddr, Result<PeerNarinfo, PeerError>)> {
-    let address = link.wait_for_address(first_try_deadline)?;
+    let address = link.wait_for_address()?;
     let holder = Holder::peerix(address, hash_part);
     let narinfo = link.client.narinfo(&holder, hash_part, NARINFO_TIMEOUT.get());
     if let Err(PeerError::Unreachable(e)) = &narinfo {
