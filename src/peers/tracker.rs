@@ -10,7 +10,7 @@ mod client;
 mod clock;
 
 pub use answer::TrackerError;
-pub use client::{NodeIdentity, TrackerClient};
+pub use client::NodeIdentity;
 
 use crate::backoff::Backoff;
 use crate::lock::{Condvar, Mutex};
@@ -19,6 +19,7 @@ use crate::round_trip::RoundTrip;
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::filter::{MAX_BITS_PER_PATH, MIN_BITS_PER_PATH};
 use crate::wire::tracker::{AnnounceResponse, Candidate, CandidateList};
+use client::TrackerClient;
 use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -149,7 +150,7 @@ impl Tracker {
     }
 
     /// Calls that do not depend on whether lookups use the tracker.
-    pub fn client(&self) -> &TrackerClient {
+    pub(super) fn client(&self) -> &TrackerClient {
         &self.client
     }
 

@@ -36,7 +36,7 @@ impl NarBody {
     ///
     /// # Errors
     /// [`PeerError::Malformed`] if the body begins at another byte, has another length, or has an
-    /// encoding that was not requested.
+    /// encoding that was not requested. [`PeerError::Unreachable`] if no decoder can be created.
     pub(super) fn new(
         response: Response<ureq::Body>,
         offset: u64,
