@@ -1,10 +1,17 @@
 //! Downloads NARs from peers for this machine's Nix.
 //!
-//! `failover` chooses the peer that sends and replaces it when it fails or is slow. `verified`
-//! checks the bytes before Nix gets them. `spool` keeps large NARs in a file, so that neighbours
-//! can get them during the download.
+//! `failover` reads from one peer, and from the next when that fails or is slow. `requests`
+//! connects to the peer that `sources` chooses, and `peer_stream` reads from it. `relay` compares a
+//! peer that is still downloading the NAR with a holder. `contributors` finds the peer at fault.
+//! `verified` checks the bytes before Nix gets them. `spool` keeps large NARs in a file, so that
+//! neighbours can get them during the download.
 
+mod contributors;
 mod failover;
+mod peer_stream;
+mod relay;
+mod requests;
+mod sources;
 pub mod spool;
 mod verified;
 
@@ -114,6 +121,11 @@ impl Downloader {
         self.given_up.lock().get(&nar_hash).copied()
     }
 
+    fn leave_to_upstream(&self, nar_hash: NarHash, nar_size: u64) {
+        self.give_up(nar_hash, AbortReason::Left);
+        self.upstream.record_left_nar(nar_size);
+    }
+
     fn give_up(&self, nar_hash: NarHash, reason: AbortReason) {
         self.given_up.lock().insert(nar_hash, (Instant::now(), reason));
     }
@@ -189,8 +201,7 @@ impl<'a> Download<'a> {
                 log::debug!("NAR {hash}: not begun: {error}");
                 reader.record_failed();
                 if matches!(error, DownloadError::Upstream(_)) {
-                    downloader.give_up(hash, AbortReason::Left);
-                    downloader.upstream.record_left_nar(size);
+                    downloader.leave_to_upstream(hash, size);
                 }
                 return None;
             }
@@ -222,8 +233,7 @@ impl StartedDownload<'_> {
         let keep = |piece: Arc<Piece>| {
             spool_writer.iter_mut().for_each(|writer| writer.push(piece.clone()))
         };
-        let passed = incoming.pass_on(first, range, out, next, keep);
-        let fault = match passed {
+        let fault = match incoming.pass_on(first, range, out, next, keep) {
             Ok(()) => {
                 if incoming.rest() == 0 {
                     reader.record_delivered();
@@ -237,29 +247,22 @@ impl StartedDownload<'_> {
                 downloader.give_up(hash, AbortReason::Wrong);
                 return Err(io::Error::other(DownloadError::Unsupported(why.to_string())));
             }
-            Err(IncompleteNar::Io(e)) => {
-                match e.get_ref().and_then(|e| e.downcast_ref::<DownloadError>()) {
-                    Some(DownloadError::Wrong(why)) => why.clone(),
-                    Some(error) => {
-                        log::info!("NAR {hash}: cut: {error}");
-                        reader.record_failed();
-                        match error {
-                            DownloadError::Upstream(_) => {
-                                downloader.give_up(hash, AbortReason::Left);
-                                downloader
-                                    .upstream
-                                    .record_left_nar(incoming.received() + incoming.rest());
-                            }
-                            DownloadError::Unsupported(_) => {
-                                downloader.give_up(hash, AbortReason::Wrong);
-                            }
-                            DownloadError::NoPeer(_) | DownloadError::Wrong(_) => {}
+            Err(IncompleteNar::Io(e)) => match e.downcast()? {
+                DownloadError::Wrong(why) => why,
+                error => {
+                    log::info!("NAR {hash}: cut: {error}");
+                    reader.record_failed();
+                    match &error {
+                        DownloadError::Upstream(_) => downloader
+                            .leave_to_upstream(hash, incoming.received() + incoming.rest()),
+                        DownloadError::Unsupported(_) => {
+                            downloader.give_up(hash, AbortReason::Wrong)
                         }
-                        return Err(e);
+                        DownloadError::NoPeer(_) | DownloadError::Wrong(_) => {}
                     }
-                    None => return Err(e),
+                    return Err(io::Error::other(error));
                 }
-            }
+            },
         };
         downloader.give_up(hash, AbortReason::Wrong);
         let why = format!("NAR {hash}: {fault}");
