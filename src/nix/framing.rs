@@ -181,11 +181,7 @@ impl Framing {
             FramingState::Type if piece == SYMLINK => Ok(FramingState::TargetLen),
             FramingState::Type if piece == &DIRECTORY[..16] => Ok(FramingState::DirectoryType),
             FramingState::DirectoryType if piece == &DIRECTORY[16..] => {
-                match self.names.get_mut(self.depth) {
-                    Some(name) => name.clear(),
-                    None => self.names.push(Vec::new()),
-                }
-                self.depth += 1;
+                self.enter_directory();
                 Ok(FramingState::Entry)
             }
             FramingState::Contents if piece[..CONTENTS.len()] == CONTENTS => {
@@ -226,20 +222,7 @@ impl Framing {
             FramingState::Name(len) => {
                 let (name, padding) = piece.split_at(len);
                 zero(padding)?;
-                if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
-                    return Err(malformed("name is a dot directory or has a slash or a NUL"));
-                }
-                // Nix 2.8 does not check the order of names.
-                let before = &mut self.names[self.depth - 1];
-                if name <= before.as_slice() {
-                    return Err(malformed("names not in ascending order"));
-                }
-                before.clear();
-                before.extend_from_slice(name);
-                self.path_len += 1 + len;
-                if self.path_len > MAX_PATH_LEN {
-                    return Err(Malformed::unsupported("NAR", "a path longer than 4095 bytes"));
-                }
+                self.enter_entry(name)?;
                 Ok(FramingState::Node)
             }
             FramingState::Node if piece == NODE => Ok(FramingState::Type),
@@ -249,6 +232,34 @@ impl Framing {
             }
             _ => Err(UNEXPECTED),
         }
+    }
+
+    /// Checks the name of an entry of the current directory, and appends it to the path.
+    fn enter_entry(&mut self, name: &[u8]) -> Result<(), Malformed> {
+        if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
+            return Err(malformed("name is a dot directory or has a slash or a NUL"));
+        }
+        // Nix 2.8 does not check the order of names.
+        let before = &mut self.names[self.depth - 1];
+        if name <= before.as_slice() {
+            return Err(malformed("names not in ascending order"));
+        }
+        before.clear();
+        before.extend_from_slice(name);
+        self.path_len += 1 + name.len();
+        if self.path_len > MAX_PATH_LEN {
+            return Err(Malformed::unsupported("NAR", "a path longer than 4095 bytes"));
+        }
+        Ok(())
+    }
+
+    /// Opens a directory.
+    fn enter_directory(&mut self) {
+        match self.names.get_mut(self.depth) {
+            Some(name) => name.clear(),
+            None => self.names.push(Vec::new()),
+        }
+        self.depth += 1;
     }
 
     fn data(&self, size: &[u8]) -> Result<FramingState, Malformed> {

@@ -1,7 +1,10 @@
 //! Errors of the store. Each prints as one line that says what the operator can do.
 
 use crate::nix::Malformed;
-use std::{error, fmt, io, path::PathBuf};
+use std::{
+    error, fmt, io,
+    path::{Path, PathBuf},
+};
 
 /// Why Nix's database or a build log could not be read. A path that does not exist is not an error.
 #[derive(Debug)]
@@ -71,66 +74,53 @@ pub enum StoreError {
 
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut database =
+            |db: &Path, why: fmt::Arguments<'_>| write!(f, "nix database {}: {why}", db.display());
         match self {
             StoreError::Missing { db } => {
-                write!(
-                    f,
-                    "nix database {}: not found; is Nix installed? --db names another place",
-                    db.display()
-                )
+                database(db, format_args!("not found; is Nix installed? --db names another place"))
             }
-            StoreError::NoFiles { db, files } => {
-                write!(
-                    f,
-                    "nix database {}: its paths are not in {}; for the store of `nix --store DIR` give --root DIR",
-                    db.display(),
+            StoreError::NoFiles { db, files } => database(
+                db,
+                format_args!(
+                    "its paths are not in {}; for the store of `nix --store DIR` give --root DIR",
                     files.display()
-                )
-            }
-            StoreError::Unreadable { file, cause } => {
-                write!(
-                    f,
-                    "{}: not readable; the user that runs peerix must be able to: {cause}",
-                    file.display()
-                )
-            }
-            StoreError::Schema { db, found } => {
-                write!(
-                    f,
-                    "nix database {}: schema {} is needed, this is {found}; another version of Nix or of peerix is needed",
-                    db.display(),
+                ),
+            ),
+            StoreError::Unreadable { file, cause } => write!(
+                f,
+                "{}: not readable; the user that runs peerix must be able to: {cause}",
+                file.display()
+            ),
+            StoreError::Schema { db, found } => database(
+                db,
+                format_args!(
+                    "schema {} is needed, this is {found}; another version of Nix or of peerix \
+                     is needed",
                     super::SCHEMA
-                )
-            }
-            StoreError::WalUnavailable { db, daemon } => {
-                write!(
-                    f,
-                    "nix database {}: no other process has it open and this user may not open its write-ahead log; \
-                     see that nix-daemon runs and answers, or open the database once as root (nix-daemon: {daemon})",
-                    db.display()
-                )
-            }
-            StoreError::Busy { db } => {
-                write!(
-                    f,
-                    "nix database {}: locked or overloaded; another process may be upgrading it",
-                    db.display()
-                )
-            }
-            StoreError::Row { path, cause } => {
-                write!(
-                    f,
-                    "nix database: {}: {cause}; `nix-store --verify --check-contents` may mend it",
-                    path.escape_debug()
-                )
-            }
-            StoreError::Database { db, cause } => {
-                write!(
-                    f,
-                    "nix database {}: {cause}; `nix-store --verify` tells whether it is damaged",
-                    db.display()
-                )
-            }
+                ),
+            ),
+            StoreError::WalUnavailable { db, daemon } => database(
+                db,
+                format_args!(
+                    "no other process has it open and this user may not open its write-ahead log; \
+                     see that nix-daemon runs and answers, or open the database once as root \
+                     (nix-daemon: {daemon})"
+                ),
+            ),
+            StoreError::Busy { db } => database(
+                db,
+                format_args!("locked or overloaded; another process may be upgrading it"),
+            ),
+            StoreError::Row { path, cause } => write!(
+                f,
+                "nix database: {}: {cause}; `nix-store --verify --check-contents` may mend it",
+                path.escape_debug()
+            ),
+            StoreError::Database { db, cause } => database(
+                db,
+                format_args!("{cause}; `nix-store --verify` tells whether it is damaged"),
+            ),
             StoreError::Log { file, cause } => write!(f, "build log {}: {cause}", file.display()),
         }
     }

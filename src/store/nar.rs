@@ -76,21 +76,7 @@ pub(super) fn write(
             WalkStep::Enter => structure.extend_from_slice(&nar::DIRECTORY_OPEN),
             WalkStep::Leave => structure.extend_from_slice(&nar::CLOSE),
             WalkStep::Symlink => nar::symlink(&mut structure, walk.target()?.to_bytes()),
-            WalkStep::Regular => {
-                // Offset of the file's node. The file is opened at once if that is in the range,
-                // which saves a stat.
-                let near = stream.position + structure.len() as u64;
-                let mut file = OpenedFile::find(&walk, stream.is_wanted(near))?;
-                nar::regular_open(&mut structure, file.executable, file.size);
-                stream.put(&structure)?;
-                structure.clear();
-                if stream.position.checked_add(file.size).is_none_or(|end| end > nar_size) {
-                    return Err(walk.changed(LARGER_THAN_REGISTERED));
-                }
-                stream.put_file(&walk, &mut file)?;
-                structure.extend_from_slice(nar::padding(file.size));
-                structure.extend_from_slice(&nar::CLOSE);
-            }
+            WalkStep::Regular => stream.put_regular(&walk, &mut structure, nar_size)?,
         }
         if step != WalkStep::Enter && !walk.at_root() {
             structure.extend_from_slice(&nar::CLOSE);
@@ -236,10 +222,6 @@ struct NarStream<'a> {
 }
 
 impl NarStream<'_> {
-    fn is_wanted(&self, position: u64) -> bool {
-        self.range.contains(&position)
-    }
-
     /// Advances the position by `len`. Returns which of these `len` bytes are in the range, as
     /// offsets from the old position.
     fn pass(&mut self, len: u64) -> Range<u64> {
@@ -263,7 +245,31 @@ impl NarStream<'_> {
         Ok(())
     }
 
-    fn put_file(&mut self, walk: &Walk, file: &mut OpenedFile) -> Result<(), NarError> {
+    /// Puts `structure` and the contents of the regular file at which `walk` is. Leaves the end of
+    /// the file's node in `structure`.
+    fn put_regular(
+        &mut self,
+        walk: &Walk,
+        structure: &mut Vec<u8>,
+        nar_size: u64,
+    ) -> Result<(), NarError> {
+        // Offset of the file's node. The file is opened at once if that is in the range, which
+        // saves a stat.
+        let near = self.position + structure.len() as u64;
+        let mut file = OpenedFile::find(walk, self.range.contains(&near))?;
+        nar::regular_open(structure, file.executable, file.size);
+        self.put(structure)?;
+        structure.clear();
+        if self.position.checked_add(file.size).is_none_or(|end| end > nar_size) {
+            return Err(walk.changed(LARGER_THAN_REGISTERED));
+        }
+        self.put_contents(walk, &mut file)?;
+        structure.extend_from_slice(nar::padding(file.size));
+        structure.extend_from_slice(&nar::CLOSE);
+        Ok(())
+    }
+
+    fn put_contents(&mut self, walk: &Walk, file: &mut OpenedFile) -> Result<(), NarError> {
         let range = self.pass(file.size);
         if range.is_empty() {
             return Ok(());
