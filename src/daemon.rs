@@ -11,6 +11,7 @@ use crate::degraded::Degraded;
 use crate::fetch::Downloader;
 use crate::fetch::spool::Spools;
 use crate::friends::{FriendList, tls};
+use crate::http::binary_cache::{BinaryCache, CacheInfo};
 use crate::http::crowd::Crowds;
 use crate::http::handler::{CacheHandler, signer};
 use crate::http::metrics::MetricsHandler;
@@ -467,23 +468,25 @@ fn serve(
         facts,
     };
     let upload_limit = config.upload_limit.map(UploadLimit::new);
-    let cache = CacheHandler {
+    let cache = BinaryCache {
+        info: CacheInfo { store_dir: config.store_dir.clone(), priority: config.priority },
         store,
         access,
         lookup: lookup.clone(),
         downloader: Downloader::new(lookup, client, health, paces, stats.clone(), upstream, spools),
         signer: own_key.signer.clone(),
-        store_dir: config.store_dir.clone(),
-        priority: config.priority,
         stream_limits: StreamLimits::new(upload_limit.as_ref()),
         crowds: Crowds::default(),
+        stats: stats.clone(),
+        faults: LogThrottle::default(),
+    };
+    let cache = CacheHandler {
+        cache,
+        status,
         friends: friend_services
             .as_ref()
             .map(|services| (services.tls.clone(), services.friends.list().clone())),
         upload_limit,
-        stats: stats.clone(),
-        status,
-        faults: LogThrottle::default(),
         refusals: LogThrottle::default(),
     };
     let cache = Arc::new(cache);

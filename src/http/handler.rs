@@ -1,97 +1,42 @@
 //! Request handling: evaluates the route and the access rules, calls the module for the response,
 //! and maps errors to HTTP statuses. No other module does the mapping.
 
-use super::crowd::Crowds;
+use super::binary_cache::BinaryCache;
+use super::error::{NOT_THERE, RequestError};
+use super::narinfo::NarinfoLocation;
 use super::response::{Exchange, ShortResponse};
 use super::route::{NarFileName, Route, RouteError, StoreView, route};
 use super::server::{Handler, PollGeneration};
-use super::stream_limits::{StreamLimits, StreamPermit};
+use super::stream_limits::StreamPermit;
 use super::{AuthenticatedKey, Request, nar, narinfo, origin, status};
-use crate::access::{AccessPolicy, Scope};
-use crate::fetch::Downloader;
+use crate::access::Scope;
 use crate::friends::FriendList;
 use crate::log_throttle::LogThrottle;
-use crate::lookup::LookupService;
-use crate::nix::{DrvOutput, HashPart, PathInfo, SecretKey, StoreDir, StorePath};
-use crate::stats::Stats;
+use crate::nix::{DrvOutput, HashPart, PathInfo, SecretKey, StorePath};
 use crate::status::StatusService;
-use crate::store::{Store, StoreError};
 use crate::upload_limit::UploadLimit;
 use crate::wire::NodeKey;
 use rustls::ServerConfig;
-use std::fmt;
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Instant;
 
-/// The [`Handler`] of a binary cache, with the services that its routes use.
+/// The [`Handler`] of the daemon.
 pub struct CacheHandler {
-    /// This machine's store.
-    pub store: Arc<Store>,
-    /// Decides which paths each asker may have.
-    pub access: Arc<AccessPolicy>,
-    /// Finds paths at peers.
-    pub lookup: Arc<LookupService>,
-    /// Downloads NARs from peers.
-    pub downloader: Downloader,
-    /// Signs narinfos of the own store. Empty until the secret key has been read.
-    pub signer: Arc<OnceLock<narinfo::Signer>>,
-    /// `StoreDir` in nix-cache-info.
-    pub store_dir: StoreDir,
-    /// `Priority` in nix-cache-info.
-    pub priority: u32,
-    /// Limits concurrent NARs, listings and logs.
-    pub stream_limits: StreamLimits,
-    /// Tracks the neighbours that are downloading a large NAR.
-    pub crowds: Crowds,
+    /// What is served.
+    pub cache: BinaryCache,
+    /// Reports this node's status.
+    pub status: StatusService,
     /// TLS settings and list of friends; `None` disables TLS.
     pub friends: Option<(Arc<ServerConfig>, Arc<FriendList>)>,
     /// Upload rate limit for all other machines together.
     pub upload_limit: Option<UploadLimit>,
-    /// Counts the transfers to peers.
-    pub stats: Arc<Stats>,
-    /// Reports this node's status.
-    pub status: StatusService,
-    /// Limits log messages about the own store.
-    pub faults: LogThrottle,
     /// Limits log messages about requests that web pages may have made.
     pub refusals: LogThrottle,
 }
 
-/// Why a request gets an error response.
-pub enum RequestError {
-    /// 400, 403, 404 or 405.
-    Refused(RouteError),
-    /// 403, because a web page may have made the request; the text of the response, and why the
-    /// request is suspect if it came from this machine, where it may have been Nix's.
-    Suspect(&'static str, Option<String>),
-    /// 416, with the representation's size in bytes.
-    Unsatisfiable(u64),
-    /// Too many long responses at once: 503 for peers, 404 for Nix.
-    Busy,
-    /// The own store failed: 503 for peers, 404 for Nix.
-    Store(StoreError),
-    /// The connection failed, or a begun body cannot be completed. The connection is cut.
-    Io(io::Error),
-}
-
-impl From<StoreError> for RequestError {
-    fn from(e: StoreError) -> Self {
-        RequestError::Store(e)
-    }
-}
-
-impl From<io::Error> for RequestError {
-    fn from(e: io::Error) -> Self {
-        RequestError::Io(e)
-    }
-}
-
 /// Body of a 404 response.
 const NOT_FOUND: &str = "not found";
-
-/// A 404 response.
-pub const NOT_THERE: RequestError = RequestError::Refused(RouteError::NotThere);
 
 impl Handler for CacheHandler {
     /// Answers narinfos and small NARs of the own store, which many clients request at the same
@@ -102,7 +47,8 @@ impl Handler for CacheHandler {
         generation: &mut PollGeneration,
     ) -> Option<ShortResponse> {
         let scope = self.scope(request);
-        let route = route(request.method, request.target, scope, self.access.serves(scope)).ok()?;
+        let route =
+            route(request.method, request.target, scope, self.cache.access.serves(scope)).ok()?;
         let hash_part = match &route {
             Route::OwnNarinfo(hash_part, _) => hash_part,
             Route::OwnNar(name, _) => &name.hash_part,
@@ -115,8 +61,8 @@ impl Handler for CacheHandler {
         if waits || self.refuse_web_pages(&route, request, scope).is_err() {
             return None;
         }
-        match (self.store.try_path_info(hash_part, generation)?, &route) {
-            (Some(info), _) if !self.access.allows_now(scope, &info) => {
+        match (self.cache.store.try_path_info(hash_part, generation)?, &route) {
+            (Some(info), _) if !self.cache.access.allows_now(scope, &info) => {
                 Some(ShortResponse::text(404, NOT_FOUND))
             }
             (Some(info), Route::OwnNarinfo(..))
@@ -125,12 +71,14 @@ impl Handler for CacheHandler {
                 None
             }
             (Some(info), Route::OwnNarinfo(_, view)) => {
-                Some(narinfo::own(self, &info, *view, request).answer())
+                Some(self.narinfo(&info, *view, request).answer())
             }
-            (Some(info), Route::OwnNar(name, _)) => nar::try_own(self, name, &info, scope, request),
+            (Some(info), Route::OwnNar(name, _)) => {
+                nar::try_own(&self.cache, name, &info, scope, request)
+            }
             // This machine is downloading the NAR.
             (None, Route::OwnNar(name, StoreView::Peers))
-                if self.downloader.spools.get(&name.nar_hash).is_some() =>
+                if self.cache.downloader.spools.get(&name.nar_hash).is_some() =>
             {
                 None
             }
@@ -139,8 +87,8 @@ impl Handler for CacheHandler {
     }
 
     fn on_idle(&self) {
-        self.store.clear_cache();
-        self.downloader.free_memory();
+        self.cache.store.clear_cache();
+        self.cache.downloader.free_memory();
     }
 
     fn tls(&self) -> Option<Arc<ServerConfig>> {
@@ -154,7 +102,7 @@ impl Handler for CacheHandler {
     }
 
     fn answers_outside(&self) -> bool {
-        self.access.serves(Scope::Wan)
+        self.cache.access.serves(Scope::Wan)
     }
 
     fn upload_limit(&self) -> Option<&UploadLimit> {
@@ -166,11 +114,12 @@ impl Handler for CacheHandler {
         request
             .key
             .iter()
-            .for_each(|key| self.lookup.record_friend_request(&NodeKey::from_bytes(*key)));
-        let answered = route(request.method, request.target, scope, self.access.serves(scope))
-            .map_err(RequestError::Refused)
-            .and_then(|route| self.refuse_web_pages(&route, request, scope).map(|()| route))
-            .and_then(|route| self.answer(&route, request, scope, exchange));
+            .for_each(|key| self.cache.lookup.record_friend_request(&NodeKey::from_bytes(*key)));
+        let answered =
+            route(request.method, request.target, scope, self.cache.access.serves(scope))
+                .map_err(RequestError::Refused)
+                .and_then(|route| self.refuse_web_pages(&route, request, scope).map(|()| route))
+                .and_then(|route| self.answer(&route, request, scope, exchange));
         let Err(failure) = answered else { return Ok(()) };
         let busy = |exchange: &mut Exchange<'_>, line| match knows_busy(request, scope) {
             false => exchange.say(404, line),
@@ -205,7 +154,7 @@ impl Handler for CacheHandler {
             }
             RequestError::Busy => busy(exchange, "busy"),
             RequestError::Store(e) => {
-                if self.faults.allow(Instant::now()) {
+                if self.cache.faults.allow(Instant::now()) {
                     log::error!("{e}");
                 }
                 busy(exchange, "not available")
@@ -228,7 +177,7 @@ impl CacheHandler {
             Some(_) => Scope::Friend,
             None if request.is_outside => Scope::Wan,
             None if request.is_own => Scope::ThisMachine,
-            None => self.access.scope(request.peer_address),
+            None => self.cache.access.scope(request.peer_address),
         }
     }
 
@@ -267,83 +216,93 @@ impl CacheHandler {
         scope: Scope,
         exchange: &mut Exchange<'_>,
     ) -> Result<(), RequestError> {
+        let cache = &self.cache;
         match route {
-            Route::Status(what) => status::send_status(self, *what, true, exchange),
-            Route::CacheInfo(_) => self.cache_info(exchange),
+            Route::Status(what) => status::send_status(&self.status, *what, true, exchange),
+            Route::CacheInfo(_) => Ok(cache.info.send(exchange)?),
             Route::PeerNarinfo(hash_part) => {
                 // `found` keeps the memory reservation of a large narinfo until it is sent.
-                let found = self.lookup.narinfo(hash_part).ok_or(NOT_THERE)?;
-                Ok(narinfo::from_peer(self, &found, request).send(exchange)?)
+                let found = cache.lookup.narinfo(hash_part).ok_or(NOT_THERE)?;
+                Ok(narinfo::from_peer(&cache.info.store_dir, &found, request).send(exchange)?)
             }
             Route::OwnNarinfo(hash_part, view) => {
                 self.own_narinfo(hash_part, *view, scope, request, exchange)
             }
             Route::PeerNar(name) => {
                 let _permit = self.permit(request, scope, exchange)?;
-                nar::from_peer(self, name, request, exchange)
+                nar::from_peer(cache, name, request, exchange)
             }
             Route::PeerAnyNar(hash_part) => {
                 let _permit = self.permit(request, scope, exchange)?;
-                let nar_hash = self.lookup.agreed_nar_hash(hash_part).ok_or(NOT_THERE)?;
-                nar::from_peer(
-                    self,
-                    &NarFileName { hash_part: *hash_part, nar_hash },
-                    request,
-                    exchange,
-                )
+                let nar_hash = cache.lookup.agreed_nar_hash(hash_part).ok_or(NOT_THERE)?;
+                let name = NarFileName { hash_part: *hash_part, nar_hash };
+                nar::from_peer(cache, &name, request, exchange)
             }
             Route::PeerLog(derivation) => {
-                let log = self.lookup.log(derivation).ok_or(NOT_THERE)?;
+                let log = cache.lookup.log(derivation).ok_or(NOT_THERE)?;
                 let _permit = self.permit(request, scope, exchange)?;
                 send_log(log.len, log.text, exchange)
             }
             Route::PeerRealisation(id) => {
-                let realisation = self.lookup.realisation(id).ok_or(NOT_THERE)?;
+                let realisation = cache.lookup.realisation(id).ok_or(NOT_THERE)?;
                 Ok(exchange.send(200, &JSON, realisation.print(None).as_bytes())?)
             }
             Route::OwnRealisation(id) => self.own_realisation(id, scope, exchange),
-            // The access check precedes the permit, because it may wait for the upstream cache.
-            Route::OwnNar(name, view) => {
-                let info = match self.shared(&name.hash_part, scope) {
-                    Err(RequestError::Refused(RouteError::NotThere))
-                        if scope == Scope::Lan && *view == StoreView::Peers =>
-                    {
-                        let spool = self.downloader.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
-                        let _permit = self.permit(request, scope, exchange)?;
-                        return nar::from_spool(self, name, &spool, request, exchange);
-                    }
-                    info => info?,
-                };
-                let _permit = self.permit(request, scope, exchange)?;
-                // Compression is slower than a LAN. Nix reads the other view and cannot resume a
-                // compressed NAR.
-                let is_far = *view == StoreView::Peers
-                    && self.access.is_outside_lan(scope, request.peer_address);
-                nar::own(self, name, &info, scope, is_far, request, exchange)
-            }
+            Route::OwnNar(name, view) => self.own_nar(name, *view, scope, request, exchange),
             // Refused, because a small request of a stranger would make this node hash 16 MiB.
             Route::Digests(_) if scope == Scope::Wan => Err(NOT_THERE),
             Route::Digests(name) => {
-                let info = self.shared(&name.hash_part, scope)?;
+                let info = cache.path_info(&name.hash_part, scope)?;
                 let _permit = self.permit(request, scope, exchange)?;
-                nar::digests(self, name, &info, request, exchange)
+                nar::digests(cache, name, &info, request, exchange)
             }
             Route::Listing(hash_part) => {
-                let info = self.shared(hash_part, scope)?;
+                let info = cache.path_info(hash_part, scope)?;
                 let _permit = self.permit(request, scope, exchange)?;
-                self.listing(&info, exchange)
+                let json =
+                    cache.store.listing(&info).map_err(|e| cache.not_served(&info.path, &e))?;
+                Ok(exchange.send(200, &JSON, &json)?)
             }
-            Route::Log(derivation) => {
-                // Only this machine may read logs of derivations that are no valid paths.
-                if scope != Scope::ThisMachine
-                    && self.shared(&derivation.hash_part(), scope)?.path != *derivation
-                {
-                    return Err(NOT_THERE);
-                }
-                let _permit = self.permit(request, scope, exchange)?;
-                self.log(derivation, exchange)
-            }
+            Route::Log(derivation) => self.own_log(derivation, scope, request, exchange),
         }
+    }
+
+    /// Sends a NAR of the own store, or one that this machine is still downloading.
+    fn own_nar(
+        &self,
+        name: &NarFileName,
+        view: StoreView,
+        scope: Scope,
+        request: &Request<'_>,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), RequestError> {
+        // The access check precedes the permit, because it may wait for the upstream cache.
+        let info = match self.cache.path_info(&name.hash_part, scope) {
+            Err(RequestError::Refused(RouteError::NotThere))
+                if scope == Scope::Lan && view == StoreView::Peers =>
+            {
+                let spool = self.cache.downloader.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
+                let _permit = self.permit(request, scope, exchange)?;
+                return nar::from_spool(&self.cache, name, &spool, request, exchange);
+            }
+            info => info?,
+        };
+        let _permit = self.permit(request, scope, exchange)?;
+        // Compression is slower than a LAN. Nix reads the other view and cannot resume a compressed
+        // NAR.
+        let is_far = view == StoreView::Peers
+            && self.cache.access.is_outside_lan(scope, request.peer_address);
+        nar::own(&self.cache, name, &info, scope, is_far, request, exchange)
+    }
+
+    /// The narinfo of a valid path of the own store.
+    fn narinfo<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        view: StoreView,
+        request: &Request<'_>,
+    ) -> NarinfoLocation<'a> {
+        narinfo::own(&self.cache.info.store_dir, self.cache.signer.get(), info, view, request)
     }
 
     fn own_narinfo(
@@ -354,17 +313,17 @@ impl CacheHandler {
         request: &Request<'_>,
         exchange: &mut Exchange<'_>,
     ) -> Result<(), RequestError> {
-        let mut info = self.shared(hash_part, scope)?;
+        let mut info = self.cache.path_info(hash_part, scope)?;
         let mut permit = None;
         if info.references.len() > narinfo::MAX_SHORT_REFERENCES {
             // Requests that wait for a permit hold no path info, which may be large.
             drop(info);
             let is_own = scope == Scope::ThisMachine;
-            let got = self.stream_limits.for_large_narinfo(is_own, exchange.progress());
+            let got = self.cache.stream_limits.for_large_narinfo(is_own, exchange.progress());
             permit = Some(got.ok_or(RequestError::Busy)?);
-            info = self.shared(hash_part, scope)?;
+            info = self.cache.path_info(hash_part, scope)?;
         }
-        narinfo::own(self, &info, view, request).send(exchange)?;
+        self.narinfo(&info, view, request).send(exchange)?;
         drop(permit);
         Ok(())
     }
@@ -376,34 +335,28 @@ impl CacheHandler {
         scope: Scope,
         exchange: &mut Exchange<'_>,
     ) -> Result<(), RequestError> {
-        let realisation = match self.store.realisation(id) {
-            Err(e @ StoreError::Row { .. }) => {
-                self.warn(format_args!("{e}"));
-                return Err(NOT_THERE);
-            }
-            found => found?.ok_or(NOT_THERE)?,
-        };
-        if self.shared(&realisation.out_path.hash_part(), scope)?.path != realisation.out_path {
-            return Err(NOT_THERE);
-        }
-        let signature =
-            self.signer.get().map(|signer| signer.sign_text(&realisation.fingerprint()));
+        let realisation = self.cache.found(self.cache.store.realisation(id))?;
+        self.cache.check_path(&realisation.out_path, scope)?;
+        let signer = self.cache.signer.get();
+        let signature = signer.map(|signer| signer.sign_text(&realisation.fingerprint()));
         Ok(exchange.send(200, &JSON, realisation.print(signature.as_ref()).as_bytes())?)
     }
 
-    /// Returns a valid path of the own store, or [`NOT_THERE`] if there is none or the asker may
-    /// not have it. Blocks up to 5 s for the database, and for WAN up to 15 s more for the upstream
-    /// cache.
-    fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<Arc<PathInfo>, RequestError> {
-        let info = match self.store.path_info(hash_part) {
-            // A path that peerix cannot represent is no failure of the store as a whole.
-            Err(e @ StoreError::Row { .. }) => {
-                self.warn(format_args!("{e}"));
-                return Err(NOT_THERE);
-            }
-            found => found?,
-        };
-        info.filter(|info| self.access.allows(scope, info)).ok_or(NOT_THERE)
+    /// Sends the own store's build log of a derivation. Only this machine may read logs of
+    /// derivations that are no valid paths.
+    fn own_log(
+        &self,
+        derivation: &StorePath,
+        scope: Scope,
+        request: &Request<'_>,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), RequestError> {
+        if scope != Scope::ThisMachine {
+            self.cache.check_path(derivation, scope)?;
+        }
+        let _permit = self.permit(request, scope, exchange)?;
+        let log = self.cache.store.log(derivation)?.ok_or(NOT_THERE)?;
+        send_log(log.len, log.reader, exchange)
     }
 
     fn permit(
@@ -415,39 +368,10 @@ impl CacheHandler {
         let ip = request.peer_address.ip().to_canonical();
         let peer = (scope != Scope::ThisMachine).then_some(ip);
         let waits = !knows_busy(request, scope);
-        self.stream_limits.for_stream(peer, exchange.progress(), waits).ok_or(RequestError::Busy)
-    }
-
-    fn cache_info(&self, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
-        let text = format!(
-            "StoreDir: {}\nWantMassQuery: 1\nPriority: {}\n",
-            self.store_dir.as_str(),
-            self.priority
-        );
-        Ok(exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())?)
-    }
-
-    fn listing(&self, info: &PathInfo, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
-        let json = self.store.listing(info).map_err(|e| self.not_served(&info.path, &e))?;
-        Ok(exchange.send(200, &[("Content-Type", "application/json")], &json)?)
-    }
-
-    /// Logs why a valid path cannot be read from the store, and returns a 404 for it.
-    pub(super) fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> RequestError {
-        self.warn(format_args!("{path}: {why}"));
-        NOT_THERE
-    }
-
-    /// Logs a problem of the own store, at a limited rate.
-    pub(super) fn warn(&self, what: fmt::Arguments<'_>) {
-        if self.faults.allow(Instant::now()) {
-            log::warn!("{what}");
-        }
-    }
-
-    fn log(&self, derivation: &StorePath, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
-        let log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
-        send_log(log.len, log.reader, exchange)
+        self.cache
+            .stream_limits
+            .for_stream(peer, exchange.progress(), waits)
+            .ok_or(RequestError::Busy)
     }
 }
 

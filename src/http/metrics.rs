@@ -1,7 +1,8 @@
 //! The listener of `--metrics`: serves `/metrics` and `/health`, and nothing else, to every client
 //! that reaches the address that the user chose.
 
-use super::handler::{CacheHandler, RequestError};
+use super::error::RequestError;
+use super::handler::CacheHandler;
 use super::response::Exchange;
 use super::route::StatusRoute;
 use super::server::Handler;
@@ -22,7 +23,7 @@ impl Handler for MetricsHandler {
             Some("/health") => StatusRoute::Health,
             _ => return exchange.say(404, "not found; there is /metrics and /health"),
         };
-        match status::send_status(&self.0, route, false, exchange) {
+        match status::send_status(&self.0.status, route, false, exchange) {
             Err(RequestError::Io(e)) => Err(e),
             Err(_) => exchange.say(500, "not available"),
             Ok(()) => Ok(()),

@@ -2,6 +2,7 @@
 //! next cache, and tells users of this machine the reason.
 
 use super::Request;
+use super::binary_cache::CacheInfo;
 use super::origin;
 use super::response::Exchange;
 use super::route::{Route, StatusRoute, route};
@@ -9,15 +10,13 @@ use super::server::Handler;
 use super::status::FIELDS;
 use crate::access::Scope;
 use crate::config::Config;
-use crate::nix::StoreDir;
 use crate::status;
 use crate::status::report::StatusReport;
 use std::io;
 
 /// Handler of a node that cannot serve.
 pub struct MissHandler {
-    store_dir: StoreDir,
-    priority: u32,
+    info: CacheInfo,
     report: Box<dyn Fn() -> StatusReport + Send + Sync>,
     problem: String,
 }
@@ -26,10 +25,10 @@ impl MissHandler {
     /// Creates a handler. `code` identifies the problem for programs, `problem` describes it for
     /// people.
     pub fn new(config: &Config, port: u16, code: &'static str, problem: String) -> MissHandler {
-        let (store_dir, priority) = (config.store_dir.clone(), config.priority);
+        let info = CacheInfo { store_dir: config.store_dir.clone(), priority: config.priority };
         let (config, text) = (config.clone(), problem.clone());
         let report = Box::new(move || status::of_problem(&config, port, code, &text));
-        MissHandler { store_dir, priority, report, problem }
+        MissHandler { info, report, problem }
     }
 
     /// Description of the problem for the log, with a workaround.
@@ -70,11 +69,7 @@ impl Handler for MissHandler {
         let is_this_machine = request.peer_address.ip().to_canonical().is_loopback();
         let scope = if is_this_machine { Scope::ThisMachine } else { Scope::Wan };
         match route(request.method, request.target, scope, false) {
-            Ok(Route::CacheInfo(_)) => {
-                let (dir, priority) = (self.store_dir.as_str(), self.priority);
-                let text = format!("StoreDir: {dir}\nWantMassQuery: 1\nPriority: {priority}\n");
-                exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())
-            }
+            Ok(Route::CacheInfo(_)) => self.info.send(exchange),
             Ok(Route::Status(what)) if origin::suspicion(request, true).is_none() => {
                 self.send_status(what, exchange)
             }

@@ -6,10 +6,12 @@
 //! (docs/dependencies.md).
 
 mod admission;
+pub mod binary_cache;
 pub mod body;
 mod connections;
 pub mod crowd;
 mod encoding;
+mod error;
 mod event_loop;
 pub mod handler;
 mod handshakes;

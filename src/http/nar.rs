@@ -1,12 +1,14 @@
 //! Sends NARs: of the own store to peers and Nix, and of peers to this machine's Nix.
 
 use super::Request;
+use super::binary_cache::BinaryCache;
 use super::crowd::{CrowdAnswer, CrowdStream, PieceDigest};
 use super::encoding::{Compressor, accepts_zstd};
-use super::handler::{CacheHandler, NOT_THERE, RequestError};
+use super::error::{NOT_THERE, RequestError};
 use super::range::{self, RequestedRange};
 use super::response::{Exchange, HeaderFields, ShortResponse};
 use super::route::NarFileName;
+use super::stream_limits::CompressionPermit;
 use crate::access::Scope;
 use crate::fetch::spool::{self, Spool};
 use crate::nix::PathInfo;
@@ -35,7 +37,7 @@ enum ContentCoding {
 /// Returns the whole response for a small NAR of this machine's store; `None` if that might wait.
 /// The caller excludes WAN requests.
 pub(super) fn try_own(
-    cache: &CacheHandler,
+    cache: &BinaryCache,
     name: &NarFileName,
     info: &PathInfo,
     scope: Scope,
@@ -62,7 +64,7 @@ pub(super) fn try_own(
 /// no longer the requested one. `is_far` says that the asker is a peer on another network, to which
 /// the NAR may be compressed.
 pub(super) fn own(
-    cache: &CacheHandler,
+    cache: &BinaryCache,
     name: &NarFileName,
     info: &PathInfo,
     scope: Scope,
@@ -73,25 +75,10 @@ pub(super) fn own(
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
-    let accepts_compression =
-        is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
-    let compression_permit =
-        if accepts_compression { cache.stream_limits.try_compression_permit() } else { None };
-    let coding = match compression_permit {
-        Some(_) => ContentCoding::Zstd,
-        None if is_far => ContentCoding::Identity,
-        None => ContentCoding::Never,
-    };
+    let (coding, _compression_permit) = choose_coding(cache, is_far, request);
     let (status, part) = requested_range(request, name, coding, info.nar_size)?;
     let is_large = info.nar_size >= spool::MIN_SIZE && scope == Scope::Lan && exchange.wants_body();
-    let crowd_stream = match is_large.then(|| {
-        cache.crowds.answer_request(
-            name.nar_hash,
-            asker(request),
-            accepts_relays(request),
-            Instant::now(),
-        )
-    }) {
+    let crowd_stream = match is_large.then(|| crowd_answer(cache, name, request)) {
         Some(CrowdAnswer::Name(others)) => {
             let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
             return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
@@ -103,24 +90,15 @@ pub(super) fn own(
     if !exchange.wants_body() {
         return Ok(());
     }
-    let transfer = request.field(TRANSFER_HEADER).filter(|_| is_far).and_then(TransferName::parse);
-    let mut sent = 0;
-    let network = match scope {
-        Scope::ThisMachine => None,
-        Scope::Lan => Some(Network::Lan),
-        Scope::Wan | Scope::Friend => Some(Network::Wan),
-    };
+    let transfer_name =
+        request.field(TRANSFER_HEADER).filter(|_| is_far).and_then(TransferName::parse);
     let len = part.end - part.start;
-    let transfer_guard = network.map(|network| {
+    let transfer = counted_network(scope).map(|network| {
         cache.stats.begin_send(info.path.base_name(), len, network, request.peer_address)
     });
+    let mut sent = SentBytes { total: 0, transfer, crowd_stream };
     let write = |out: &mut dyn NarSink| {
-        let (sent, transfer_guard, crowd_stream) = (&mut sent, &transfer_guard, &crowd_stream);
-        cache.store.write_nar(
-            info,
-            part,
-            &mut CountingSink { out, sent, transfer_guard, crowd_stream },
-        )
+        cache.store.write_nar(info, part, &mut CountingSink { out, sent: &mut sent })
     };
     let written = if coding == ContentCoding::Zstd {
         let mut out = Compressor::new(exchange, len)?;
@@ -128,12 +106,12 @@ pub(super) fn own(
     } else {
         write(exchange)
     };
-    if let Some(transfer) = transfer {
-        cache.lookup.report(&transfer, Role::Sender, sent);
+    if let Some(transfer_name) = transfer_name {
+        cache.lookup.report(&transfer_name, Role::Sender, sent.total);
     }
     match written {
         Ok(()) => {
-            transfer_guard.iter().for_each(TransferGuard::record_whole);
+            sent.record_whole();
             Ok(())
         }
         Err(NarError::Write(e)) => Err(e.into()),
@@ -145,18 +123,48 @@ pub(super) fn own(
     }
 }
 
-fn asker(request: &Request<'_>) -> IpAddr {
-    request.peer_address.ip().to_canonical()
+/// The network to which bytes sent to this scope count in the statistics, if they do.
+fn counted_network(scope: Scope) -> Option<Network> {
+    match scope {
+        Scope::ThisMachine => None,
+        Scope::Lan => Some(Network::Lan),
+        Scope::Wan | Scope::Friend => Some(Network::Wan),
+    }
 }
 
-/// Whether the client accepts a referral to neighbours that are getting the NAR.
-fn accepts_relays(request: &Request<'_>) -> bool {
-    request.field(RELAY_HEADER).is_some() && request.field("range").is_none()
+/// Chooses zstd, with the permit for it, if the client accepts it and not too many NARs are being
+/// compressed.
+fn choose_coding<'a>(
+    cache: &'a BinaryCache,
+    is_far: bool,
+    request: &Request<'_>,
+) -> (ContentCoding, Option<CompressionPermit<'a>>) {
+    let is_accepted =
+        is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
+    let permit = if is_accepted { cache.stream_limits.try_compression_permit() } else { None };
+    let coding = match permit {
+        Some(_) => ContentCoding::Zstd,
+        None if is_far => ContentCoding::Identity,
+        None => ContentCoding::Never,
+    };
+    (coding, permit)
+}
+
+/// Decides whether a neighbour gets a large NAR from this node, or the addresses of neighbours that
+/// are getting it.
+fn crowd_answer<'a>(
+    cache: &'a BinaryCache,
+    name: &NarFileName,
+    request: &Request<'_>,
+) -> CrowdAnswer<'a> {
+    let asker = request.peer_address.ip().to_canonical();
+    let accepts_relays = request.field(RELAY_HEADER).is_some() && request.field("range").is_none();
+    cache.crowds.answer_request(name.nar_hash, asker, accepts_relays, Instant::now())
 }
 
 /// Sends a neighbour a NAR that this machine is still downloading.
 pub(super) fn from_spool(
-    cache: &CacheHandler,
+    cache: &BinaryCache,
     name: &NarFileName,
     spool: &Spool,
     request: &Request<'_>,
@@ -167,28 +175,18 @@ pub(super) fn from_spool(
     if !exchange.wants_body() {
         return Ok(());
     }
-    let transfer_guard = Some(cache.stats.begin_send(
-        &spool.name,
-        part.end - part.start,
-        Network::Lan,
-        request.peer_address,
-    ));
-    let mut sent = 0;
-    let mut sink = CountingSink {
-        out: exchange,
-        sent: &mut sent,
-        transfer_guard: &transfer_guard,
-        crowd_stream: &None,
-    };
-    spool.write_to(part, &mut sink)?;
-    transfer_guard.iter().for_each(TransferGuard::record_whole);
+    let (len, peer) = (part.end - part.start, request.peer_address);
+    let transfer = Some(cache.stats.begin_send(&spool.name, len, Network::Lan, peer));
+    let mut sent = SentBytes { total: 0, transfer, crowd_stream: None };
+    spool.write_to(part, &mut CountingSink { out: exchange, sent: &mut sent })?;
+    sent.record_whole();
     Ok(())
 }
 
 /// Sends the SHA-256 digests of a NAR's pieces, as many as the request's range names, up to
 /// `MAX_DIGESTS`.
 pub(super) fn digests(
-    cache: &CacheHandler,
+    cache: &BinaryCache,
     name: &NarFileName,
     info: &PathInfo,
     request: &Request<'_>,
@@ -221,7 +219,7 @@ pub(super) fn digests(
 
 /// Returns the SHA-256 digests of these pieces of a NAR. They are computed once for all neighbours.
 fn piece_digests(
-    cache: &CacheHandler,
+    cache: &BinaryCache,
     info: &PathInfo,
     pieces: Range<u64>,
 ) -> Result<Vec<PieceDigest>, RequestError> {
@@ -285,30 +283,40 @@ impl Write for HashingSink {
 
 impl NarSink for HashingSink {}
 
-/// Counts the NAR's bytes that pass through it.
-struct CountingSink<'a> {
-    out: &'a mut dyn NarSink,
-    sent: &'a mut u64,
-    transfer_guard: &'a Option<TransferGuard<'a>>,
+/// Counts the bytes of one NAR that were sent.
+struct SentBytes<'a> {
+    total: u64,
+    /// The transfer in the statistics, if a peer gets the NAR.
+    transfer: Option<TransferGuard<'a>>,
     /// The stream in its crowd, if a neighbour gets a large NAR.
-    crowd_stream: &'a Option<CrowdStream<'a>>,
+    crowd_stream: Option<CrowdStream<'a>>,
 }
 
-impl CountingSink<'_> {
-    fn count(&mut self, bytes: u64) {
-        *self.sent += bytes;
-        if let Some(transfer) = self.transfer_guard {
+impl SentBytes<'_> {
+    fn add(&mut self, bytes: u64) {
+        self.total += bytes;
+        if let Some(transfer) = &self.transfer {
             transfer.record_bytes(bytes);
-            transfer.set_progress(*self.sent);
+            transfer.set_progress(self.total);
         }
         self.crowd_stream.iter().for_each(|crowd_stream| crowd_stream.record_sent(bytes));
     }
+
+    fn record_whole(&self) {
+        self.transfer.iter().for_each(TransferGuard::record_whole);
+    }
 }
 
-impl Write for CountingSink<'_> {
+/// Counts the NAR's bytes that pass through it.
+struct CountingSink<'a, 's> {
+    out: &'a mut dyn NarSink,
+    sent: &'a mut SentBytes<'s>,
+}
+
+impl Write for CountingSink<'_, '_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let written = self.out.write(piece)?;
-        self.count(written as u64);
+        self.sent.add(written as u64);
         Ok(written)
     }
 
@@ -317,10 +325,10 @@ impl Write for CountingSink<'_> {
     }
 }
 
-impl NarSink for CountingSink<'_> {
+impl NarSink for CountingSink<'_, '_> {
     fn send_file(&mut self, file: BorrowedFd<'_>, at: u64, len: u64) -> io::Result<Option<u64>> {
         let sent = self.out.send_file(file, at, len)?;
-        self.count(sent.unwrap_or_default());
+        self.sent.add(sent.unwrap_or_default());
         Ok(sent)
     }
 }
@@ -328,7 +336,7 @@ impl NarSink for CountingSink<'_> {
 /// Downloads a NAR from peers and sends it to this machine's Nix during the download. Blocks for up
 /// to 20 s until a peer sends its first bytes.
 pub(super) fn from_peer(
-    cache: &CacheHandler,
+    cache: &BinaryCache,
     name: &NarFileName,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,

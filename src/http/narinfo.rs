@@ -1,7 +1,6 @@
 //! Sends narinfos: of the own store to peers and Nix, and of peers to this machine's Nix.
 
 use super::Request;
-use super::handler::CacheHandler;
 use super::response::{Exchange, ShortResponse};
 use super::route::{NarFileName, StoreView};
 use crate::bounded_map::BoundedMap;
@@ -60,7 +59,7 @@ const NIX_TOLERATES_UNKNOWN_CA: (u32, u32) = (2, 34);
 
 /// A narinfo with the fields that depend on the server that sends it.
 pub(super) struct NarinfoLocation<'a> {
-    cache: &'a CacheHandler,
+    store_dir: &'a StoreDir,
     info: &'a PathInfo,
     /// Prefix of `URL`, relative to the URL of the cache.
     root: &'static str,
@@ -70,9 +69,10 @@ pub(super) struct NarinfoLocation<'a> {
     ca: Option<&'a str>,
 }
 
-/// The narinfo of a valid path of this machine's store.
+/// The narinfo of a valid path of this machine's store, signed by `signer` if there is one.
 pub(super) fn own<'a>(
-    cache: &'a CacheHandler,
+    store_dir: &'a StoreDir,
+    signer: Option<&Signer>,
     info: &'a PathInfo,
     view: StoreView,
     request: &Request<'_>,
@@ -81,31 +81,31 @@ pub(super) fn own<'a>(
         StoreView::Peers => "local/",
         StoreView::Cache => "",
     };
-    let signature = cache.signer.get().map(|signer| signer.sign(info, &cache.store_dir));
+    let signature = signer.map(|signer| signer.sign(info, store_dir));
     NarinfoLocation {
-        cache,
+        store_dir,
         info,
         root,
         compression: "none",
         signature,
-        ca: ca(info, view == StoreView::Peers, request, &cache.store_dir),
+        ca: ca(info, view == StoreView::Peers, request, store_dir),
     }
 }
 
 /// The narinfo of a path that a peer has, for this machine's Nix.
 pub(super) fn from_peer<'a>(
-    cache: &'a CacheHandler,
+    store_dir: &'a StoreDir,
     found: &'a NarInfo,
     request: &Request<'_>,
 ) -> NarinfoLocation<'a> {
     let (info, compression) = (&found.info, found.compression.as_str());
     NarinfoLocation {
-        cache,
+        store_dir,
         info,
         root: "peer/",
         compression,
         signature: None,
-        ca: ca(info, false, request, &cache.store_dir),
+        ca: ca(info, false, request, store_dir),
     }
 }
 
@@ -153,7 +153,7 @@ impl NarinfoLocation<'_> {
     }
 
     fn write(&self, out: &mut impl fmt::Write) -> fmt::Result {
-        let NarinfoLocation { cache, info, root, compression, signature, ca } = self;
+        let NarinfoLocation { store_dir, info, root, compression, signature, ca } = self;
         let name =
             NarFileName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash }.to_string();
         narinfo::write(
@@ -163,7 +163,7 @@ impl NarinfoLocation<'_> {
             compression,
             signature.as_ref(),
             *ca,
-            &cache.store_dir,
+            store_dir,
         )
     }
 }

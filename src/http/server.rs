@@ -347,8 +347,6 @@ fn serve(state: &ServerState, connection: &Connection) -> io::Result<bool> {
         (&connection.stream).write_all(unsent)?;
         *unsent = Vec::new();
     }
-    // The event loop could not answer the first request at once.
-    let (mut next_step, mut has_timeout, mut first) = (NextStep::Watch, false, true);
     if connection.stream.key().is_none() && state.begins_tls(received) {
         accept_tls(state, connection, received.split(received.len()).0)?;
         received.consume(received.len());
@@ -356,9 +354,9 @@ fn serve(state: &ServerState, connection: &Connection) -> io::Result<bool> {
     // Only this thread can read an encrypted connection, and some bytes may be decrypted already.
     // It waits for more before it returns the connection to the event loop.
     let is_tls = connection.stream.key().is_some();
-    if is_tls {
-        next_step = NextStep::Stay;
-    }
+    let mut next_step = if is_tls { NextStep::Stay } else { NextStep::Watch };
+    // The event loop could not answer the first request at once.
+    let (mut has_timeout, mut first) = (false, true);
     loop {
         let Some(len) = received.head_len() else {
             if received.is_full() {
@@ -370,24 +368,12 @@ fn serve(state: &ServerState, connection: &Connection) -> io::Result<bool> {
                 received.shrink();
                 return Ok(true);
             }
-            // The event loop enforces `HEAD_TIMEOUT`, but it cannot see heads inside TLS.
-            if is_tls
-                && received
-                    .first_byte_at()
-                    .is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get())
-            {
-                return Ok(false);
-            }
-            state.connections.set_idle(connection, Instant::now());
-            if !has_timeout {
+            if !std::mem::replace(&mut has_timeout, true) {
                 connection.stream.set_read_timeout(Some(NEXT_REQUEST_TIMEOUT))?;
-                has_timeout = true;
             }
-            match received.fill(&connection.stream, true) {
-                Ok(0) => return Ok(false),
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => next_step = NextStep::Watch,
-                Err(e) => return Err(e),
+            next_step = receive(state, connection, received)?;
+            if matches!(next_step, NextStep::End) {
+                return Ok(false);
             }
             continue;
         };
@@ -411,6 +397,26 @@ fn serve(state: &ServerState, connection: &Connection) -> io::Result<bool> {
         if matches!(next_step, NextStep::End) {
             return Ok(false);
         }
+    }
+}
+
+/// Waits for more bytes of a request, up to [`NEXT_REQUEST_TIMEOUT`].
+fn receive(
+    state: &ServerState,
+    connection: &Connection,
+    received: &mut ReceiveBuffer,
+) -> io::Result<NextStep> {
+    // The event loop enforces `HEAD_TIMEOUT`, but it cannot see heads inside TLS.
+    let is_late = |began: Instant| began.elapsed() >= HEAD_TIMEOUT.get();
+    if connection.stream.key().is_some() && received.first_byte_at().is_some_and(is_late) {
+        return Ok(NextStep::End);
+    }
+    state.connections.set_idle(connection, Instant::now());
+    match received.fill(&connection.stream, true) {
+        Ok(0) => Ok(NextStep::End),
+        Ok(_) => Ok(NextStep::Stay),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(NextStep::Watch),
+        Err(e) => Err(e),
     }
 }
 
