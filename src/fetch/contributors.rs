@@ -9,7 +9,11 @@ use std::time::Instant;
 #[derive(Default)]
 pub(super) struct Contributors {
     peers: Vec<Contributor>,
-    mismatches: Vec<DigestMismatch>,
+    /// Mismatches of pieces that were not accepted yet.
+    pub(super) mismatches: Vec<DigestMismatch>,
+    /// The peers that were wrong in mismatches, if the whole NAR is right, each with the time when
+    /// the relay was asked, and what the peer did.
+    pub(super) wrong_in_mismatches: Vec<(PeerKey, Instant, &'static str)>,
 }
 
 /// A peer that may have sent a part of the NAR.
@@ -19,18 +23,16 @@ struct Contributor {
     has_failed: bool,
 }
 
-/// A relay sent a piece that does not match the holder's digest. The whole NAR's hash shows later
-/// which of the two was wrong.
-struct DigestMismatch {
-    relay: PeerKey,
-    holder: PeerKey,
+/// A relay sent a piece that does not match the holder's digest. The piece that is accepted later
+/// shows which of the two was wrong.
+pub(super) struct DigestMismatch {
+    pub(super) relay: PeerKey,
+    pub(super) holder: PeerKey,
     /// When the relay was asked.
-    began: Instant,
+    pub(super) began: Instant,
     /// Offset of the piece in the NAR, and its SHA-256 according to the holder.
-    offset: u64,
-    digest: [u8; 32],
-    /// Whether the digest matched the piece that was accepted; `None` until that piece is there.
-    holder_is_right: Option<bool>,
+    pub(super) offset: u64,
+    pub(super) digest: [u8; 32],
 }
 
 impl Contributors {
@@ -52,26 +54,16 @@ impl Contributors {
         its.for_each(|peer| peer.has_failed = true);
     }
 
-    /// Records that `relay`, asked at `began`, sent another piece at byte `offset` than the one of
-    /// which `holder` returned the SHA-256 `digest`.
-    pub(super) fn record_mismatch(
-        &mut self,
-        relay: PeerKey,
-        holder: PeerKey,
-        began: Instant,
-        offset: u64,
-        digest: [u8; 32],
-    ) {
-        let holder_is_right = None;
-        let mismatch = DigestMismatch { relay, holder, began, offset, digest, holder_is_right };
-        self.mismatches.push(mismatch);
-    }
-
     /// Compares the accepted piece at byte `offset` with the digests that relays did not match.
     pub(super) fn judge_mismatches(&mut self, offset: u64, piece: &Piece) {
-        for mismatch in self.mismatches.iter_mut().filter(|mismatch| mismatch.offset == offset) {
-            mismatch.holder_is_right =
-                Some(digest(&SHA256, piece.bytes()).as_ref() == mismatch.digest);
+        for mismatch in self.mismatches.extract_if(.., |mismatch| mismatch.offset == offset) {
+            let DigestMismatch { relay, holder, began, .. } = mismatch;
+            let holder_is_right = digest(&SHA256, piece.bytes()).as_ref() == mismatch.digest;
+            self.wrong_in_mismatches.push(if holder_is_right {
+                (relay, began, "passed on another piece than the holder has")
+            } else {
+                (holder, began, "told a wrong digest")
+            });
         }
     }
 
@@ -88,21 +80,6 @@ impl Contributors {
         self.peers.iter().map(move |peer| {
             let is_lesser = is_known && !peer.has_failed;
             (peer.peer_key, if is_lesser { Fault::BrokenPromise } else { Fault::BadData })
-        })
-    }
-
-    /// The peer that was wrong in each judged mismatch, when its request began, and the reason.
-    /// Only for a NAR whose hash is right.
-    pub(super) fn wrong_in_mismatches(
-        &self,
-    ) -> impl Iterator<Item = (PeerKey, Instant, &'static str)> {
-        self.mismatches.iter().filter_map(|mismatch| {
-            let (peer_key, why) = if mismatch.holder_is_right? {
-                (mismatch.relay, "passed on another piece than the holder has")
-            } else {
-                (mismatch.holder, "told a wrong digest")
-            };
-            Some((peer_key, mismatch.began, why))
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Reads the bytes of one NAR from the best peer, and continues with another peer at the same byte
 //! when the current one fails or is slow.
 
-use super::contributors::Contributors;
+use super::contributors::{Contributors, DigestMismatch};
 use super::peer_stream::{CHECK_INTERVAL, StreamError};
 use super::relay::RelayCheck;
 use super::requests::{ActiveSource, NarRequests};
@@ -320,7 +320,9 @@ impl<'a> FailoverReader<'a> {
                 log::debug!(
                     "NAR {hash}: peer {peer} passed on another piece than the holder has, at byte {offset}"
                 );
-                self.contributors.record_mismatch(peer_key, holder.into(), began, offset, *digest);
+                let (relay, holder, digest) = (peer_key, holder.into(), *digest);
+                let mismatch = DigestMismatch { relay, holder, began, offset, digest };
+                self.contributors.mismatches.push(mismatch);
             }
             // The holder named relays, so it has to return digests.
             (StreamError::Unchecked(is_broken, why), Some(RelayCheck { holder, .. })) => {
@@ -415,8 +417,8 @@ impl<'a> FailoverReader<'a> {
             self.downloader.health.record_delivered(peer_key, now);
             self.downloader.stats.record_delivered(peer_key.network(), peer_key.address());
         }
-        for (peer_key, began, why) in self.contributors.wrong_in_mismatches() {
-            self.record_failure(peer_key, Fault::BadData, began, &why);
+        for (peer_key, began, why) in &self.contributors.wrong_in_mismatches {
+            self.record_failure(*peer_key, Fault::BadData, *began, why);
         }
         self.transfer.record_whole();
     }

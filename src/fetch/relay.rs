@@ -45,19 +45,13 @@ pub(super) struct RelayCheck<'a> {
 }
 
 impl<'a> RelayCheck<'a> {
-    /// Begins to check a relay of which `holder` has the NAR. `unasked` is the number of relays
-    /// that may still be asked.
-    pub(super) fn new(
-        client: &'a PeerClient,
-        holder: SocketAddr,
-        nar_name: String,
-        unasked: usize,
-    ) -> Self {
+    /// Begins to check the relay that was asked last. Its holder knows the NAR as `nar_name`.
+    pub(super) fn new(relays: &Relays, client: &'a PeerClient, nar_name: String) -> Self {
         RelayCheck {
             client,
-            holder,
+            holder: relays.holder,
             nar_name,
-            position: unasked as u32 + 1,
+            position: relays.unasked.len() as u32 + 1,
             digests: Vec::new(),
             first: 0,
             asked: Instant::now(),

@@ -10,7 +10,6 @@ use crate::peers::health::{Eligibility, Fault};
 use crate::peers::picker;
 use crate::time_scale::Timeout;
 use std::collections::HashSet;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Maximum number of requests for one NAR, without those to relays. At the bound, the NAR fails.
@@ -101,7 +100,7 @@ impl<'a> NarRequests<'a> {
                 return Ok(None);
             }
             self.tries += 1;
-            let sending = self.request(source, reason, offset, timeout, None);
+            let sending = self.request(source, reason, offset, timeout, false);
             if sending.is_some() {
                 return Ok(sending);
             }
@@ -118,8 +117,8 @@ impl<'a> NarRequests<'a> {
                 relays.unasked.clear();
                 return None;
             }
-            let (holder, reason) = (Some(relays.holder), "it is getting the NAR, too".into());
-            let sending = self.request(relay, reason, 0, timeout, holder);
+            let reason = "it is getting the NAR, too".into();
+            let sending = self.request(relay, reason, 0, timeout, true);
             if sending.is_some() {
                 return sending;
             }
@@ -127,19 +126,19 @@ impl<'a> NarRequests<'a> {
     }
 
     /// Requests the NAR from byte `offset` on. Returns `None` if the peer does not begin to send
-    /// within `timeout`. If `holder` is set, the source is a relay that this holder named.
+    /// within `timeout`.
     fn request(
         &mut self,
         mut source: NarSource,
         reason: String,
         offset: u64,
         timeout: Duration,
-        holder: Option<SocketAddr>,
+        is_relay: bool,
     ) -> Option<ActiveSource<'a>> {
         let (downloader, peer, began) = (self.downloader, source.peer, Instant::now());
         let FoundNar { path, nar_hash: hash, nar_size, .. } = &self.sources.found;
         let mut incoming_nar = downloader.paces.begin(source.peer_key(), nar_size - offset, began);
-        if holder.is_some() {
+        if is_relay {
             // A relay may wait for its own source before it answers.
             incoming_nar.stop_waiting(began);
         }
@@ -156,10 +155,10 @@ impl<'a> NarRequests<'a> {
                 if offset > 0 {
                     log::info!("NAR {hash}: continued from peer {peer} at byte {offset}");
                 }
-                let relay_check = holder.map(|holder| {
+                let relays = self.relays.as_ref().filter(|_| is_relay);
+                let relay_check = relays.map(|relays| {
                     let nar_name = nar_name(&path.hash_part(), hash);
-                    let unasked = self.relays.as_ref().map_or(0, |relays| relays.unasked.len());
-                    RelayCheck::new(&downloader.client, holder, nar_name, unasked)
+                    RelayCheck::new(relays, &downloader.client, nar_name)
                 });
                 let counted = match link {
                     LinkKind::Wan(Some(transfer)) => {
@@ -171,7 +170,7 @@ impl<'a> NarRequests<'a> {
                 return Some(ActiveSource { source, reason, began, stream, relay_check });
             }
             // The relay has not begun its download, or cannot pass it on.
-            Err(e) if holder.is_some() => log::debug!("NAR {hash}: peer {peer}: {e}"),
+            Err(e) if is_relay => log::debug!("NAR {hash}: peer {peer}: {e}"),
             Err(e) => self.handle_refusal(source, e, began, timeout),
         }
         None
