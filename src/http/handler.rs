@@ -3,7 +3,6 @@
 
 use super::binary_cache::BinaryCache;
 use super::error::{NOT_THERE, RequestError};
-use super::narinfo::NarinfoLocation;
 use super::response::{Exchange, ShortResponse};
 use super::route::{NarFileName, Route, RouteError, StoreView, route};
 use super::server::{Handler, PollGeneration};
@@ -12,7 +11,7 @@ use super::{AuthenticatedKey, Request, nar, narinfo, origin, status};
 use crate::access::Scope;
 use crate::friends::FriendList;
 use crate::log_throttle::LogThrottle;
-use crate::nix::{DrvOutput, HashPart, PathInfo, SecretKey, StorePath};
+use crate::nix::{DrvOutput, HashPart, SecretKey, StorePath};
 use crate::status::StatusService;
 use crate::upload_limit::UploadLimit;
 use crate::wire::NodeKey;
@@ -71,7 +70,9 @@ impl Handler for CacheHandler {
                 None
             }
             (Some(info), Route::OwnNarinfo(_, view)) => {
-                Some(self.narinfo(&info, *view, request).answer())
+                let signer = self.cache.signer.get();
+                let store_dir = &self.cache.info.store_dir;
+                Some(narinfo::own(store_dir, signer, &info, *view, request).answer())
             }
             (Some(info), Route::OwnNar(name, _)) => {
                 nar::try_own(&self.cache, name, &info, scope, request)
@@ -218,7 +219,7 @@ impl CacheHandler {
     ) -> Result<(), RequestError> {
         let cache = &self.cache;
         match route {
-            Route::Status(what) => status::send_status(&self.status, *what, true, exchange),
+            Route::Status(what) => Ok(status::send_status(&self.status, *what, true, exchange)?),
             Route::CacheInfo(_) => Ok(cache.info.send(exchange)?),
             Route::PeerNarinfo(hash_part) => {
                 // `found` keeps the memory reservation of a large narinfo until it is sent.
@@ -295,16 +296,6 @@ impl CacheHandler {
         nar::own(&self.cache, name, &info, scope, is_far, request, exchange)
     }
 
-    /// The narinfo of a valid path of the own store.
-    fn narinfo<'a>(
-        &'a self,
-        info: &'a PathInfo,
-        view: StoreView,
-        request: &Request<'_>,
-    ) -> NarinfoLocation<'a> {
-        narinfo::own(&self.cache.info.store_dir, self.cache.signer.get(), info, view, request)
-    }
-
     fn own_narinfo(
         &self,
         hash_part: &HashPart,
@@ -323,7 +314,8 @@ impl CacheHandler {
             permit = Some(got.ok_or(RequestError::Busy)?);
             info = self.cache.path_info(hash_part, scope)?;
         }
-        self.narinfo(&info, view, request).send(exchange)?;
+        let (store_dir, signer) = (&self.cache.info.store_dir, self.cache.signer.get());
+        narinfo::own(store_dir, signer, &info, view, request).send(exchange)?;
         drop(permit);
         Ok(())
     }

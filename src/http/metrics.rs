@@ -1,7 +1,6 @@
 //! The listener of `--metrics`: serves `/metrics` and `/health`, and nothing else, to every client
 //! that reaches the address that the user chose.
 
-use super::error::RequestError;
 use super::handler::CacheHandler;
 use super::response::Exchange;
 use super::route::StatusRoute;
@@ -23,11 +22,7 @@ impl Handler for MetricsHandler {
             Some("/health") => StatusRoute::Health,
             _ => return exchange.say(404, "not found; there is /metrics and /health"),
         };
-        match status::send_status(&self.0.status, route, false, exchange) {
-            Err(RequestError::Io(e)) => Err(e),
-            Err(_) => exchange.say(500, "not available"),
-            Ok(()) => Ok(()),
-        }
+        status::send_status(&self.0.status, route, false, exchange)
     }
 
     fn after_panic(&self, _request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {

@@ -7,7 +7,7 @@ use super::origin;
 use super::response::Exchange;
 use super::route::{Route, StatusRoute, route};
 use super::server::Handler;
-use super::status::FIELDS;
+use super::status::{send_health, send_json, send_page};
 use crate::access::Scope;
 use crate::config::Config;
 use crate::status;
@@ -37,30 +37,19 @@ impl MissHandler {
     }
 
     fn send_status(&self, route: StatusRoute, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        let mut fields = FIELDS.to_vec();
-        let (status, kind, body) = match route {
-            StatusRoute::Page => {
-                let page = status::page(&(self.report)());
-                fields.push(("Content-Security-Policy", page.policy));
-                (200, "text/html; charset=utf-8", page.html.into_bytes())
-            }
-            StatusRoute::Json => (
-                200,
-                "application/json",
-                serde_json::to_vec(&(self.report)()).map_err(io::Error::other)?,
-            ),
+        match route {
+            StatusRoute::Page => send_page(&(self.report)(), exchange),
+            StatusRoute::Json => send_json(&(self.report)(), exchange),
             // No metrics, because their values would be wrong.
-            StatusRoute::Metrics => return exchange.say(404, &self.problem),
+            StatusRoute::Metrics => exchange.say(404, &self.problem),
             StatusRoute::Health => {
                 let problems = (self.report)().health.problems;
                 let lines = problems
                     .iter()
                     .map(|p| format!("{}: {}\n", p.code, status::text::line(&p.text)));
-                (503, "text/plain; charset=utf-8", lines.collect::<String>().into_bytes())
+                send_health(false, &lines.collect::<String>(), exchange)
             }
-        };
-        fields.push(("Content-Type", kind));
-        exchange.send(status, &fields, &body)
+        }
     }
 }
 
