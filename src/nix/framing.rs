@@ -180,10 +180,7 @@ impl Framing {
             FramingState::Type if piece == REGULAR => Ok(FramingState::Contents),
             FramingState::Type if piece == SYMLINK => Ok(FramingState::TargetLen),
             FramingState::Type if piece == &DIRECTORY[..16] => Ok(FramingState::DirectoryType),
-            FramingState::DirectoryType if piece == &DIRECTORY[16..] => {
-                self.enter_directory();
-                Ok(FramingState::Entry)
-            }
+            FramingState::DirectoryType if piece == &DIRECTORY[16..] => Ok(self.enter_directory()),
             FramingState::Contents if piece[..CONTENTS.len()] == CONTENTS => {
                 self.data(&piece[CONTENTS.len()..])
             }
@@ -222,8 +219,7 @@ impl Framing {
             FramingState::Name(len) => {
                 let (name, padding) = piece.split_at(len);
                 zero(padding)?;
-                self.enter_entry(name)?;
-                Ok(FramingState::Node)
+                self.enter_entry(name)
             }
             FramingState::Node if piece == NODE => Ok(FramingState::Type),
             FramingState::EntryClose if piece == CLOSE => {
@@ -235,7 +231,7 @@ impl Framing {
     }
 
     /// Checks the name of an entry of the current directory, and appends it to the path.
-    fn enter_entry(&mut self, name: &[u8]) -> Result<(), Malformed> {
+    fn enter_entry(&mut self, name: &[u8]) -> Result<FramingState, Malformed> {
         if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
             return Err(malformed("name is a dot directory or has a slash or a NUL"));
         }
@@ -250,16 +246,17 @@ impl Framing {
         if self.path_len > MAX_PATH_LEN {
             return Err(Malformed::unsupported("NAR", "a path longer than 4095 bytes"));
         }
-        Ok(())
+        Ok(FramingState::Node)
     }
 
     /// Opens a directory.
-    fn enter_directory(&mut self) {
+    fn enter_directory(&mut self) -> FramingState {
         match self.names.get_mut(self.depth) {
             Some(name) => name.clear(),
             None => self.names.push(Vec::new()),
         }
         self.depth += 1;
+        FramingState::Entry
     }
 
     fn data(&self, size: &[u8]) -> Result<FramingState, Malformed> {
