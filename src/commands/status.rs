@@ -21,62 +21,68 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     if well { EXIT_YES } else { EXIT_NO }
 }
 
+/// The status as text, in sections with an empty line between them.
 fn shown(status: &Value) -> String {
-    let (node, mut out) = (&status["node"], String::new());
-    let now = moment(status);
-    let mut line = |text: String| {
-        out.push_str(&clean(&text));
-        out.push('\n');
-    };
+    let sections =
+        [node(status), peers(status), transfers(status), totals(status), lookups(status)];
+    let line = |line: &String| clean(line) + "\n";
+    sections.map(|lines| lines.iter().map(line).collect::<String>()).join("\n")
+}
+
+/// Lines on this node, its problems, its trackers, its addresses outside and its friends.
+fn node(status: &Value) -> Vec<String> {
+    let (node, now) = (&status["node"], moment(status));
     let (name, version, mode) = (text(&node["name"]), text(&node["version"]), text(&node["mode"]));
     let up = long(number(&node["uptime_seconds"]));
-    line(format!("{name}: peerix {version}, mode {mode}, port {}, up {up}", node["port"]));
-    line(text(&node["shares"]).to_owned());
-    for problem in list(&status["health"]["problems"]) {
-        line(format!("! {}", text(&problem["text"])));
-    }
+    let mut lines = vec![
+        format!("{name}: peerix {version}, mode {mode}, port {}, up {up}", node["port"]),
+        text(&node["shares"]).to_owned(),
+    ];
+    let problems = list(&status["health"]["problems"]).iter();
+    lines.extend(problems.map(|problem| format!("! {}", text(&problem["text"]))));
     for tracker in list(&status["trackers"]) {
         let reached = match tracker["reached"].as_bool() {
             Some(true) => "reached",
             Some(false) => "not reached",
             None => "not heard of yet",
         };
-        line(format!("tracker {}: {reached}", text(&tracker["url"])));
+        lines.push(format!("tracker {}: {reached}", text(&tracker["url"])));
     }
     for (name, what) in [("outside", "outside"), ("pinhole", "by IPv6")] {
-        if let Some(at) = status["port_mapping"][name].as_str() {
-            line(format!("reached {what} at {at}"));
-        }
+        let at = status["port_mapping"][name].as_str();
+        lines.extend(at.map(|at| format!("reached {what} at {at}")));
     }
-    for friend in list(&status["friends"]) {
-        line(friend_line(friend, now));
-    }
-    let peers = list(&status["peers"]);
-    line(String::new());
-    line(format!(
-        "peers: {}",
-        peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()
-    ));
+    lines.extend(list(&status["friends"]).iter().map(|friend| friend_line(friend, now)));
+    lines
+}
+
+fn peers(status: &Value) -> Vec<String> {
+    let (peers, now) = (list(&status["peers"]), moment(status));
+    let omitted = status["peers_omitted"].as_u64().unwrap_or_default();
+    let mut lines = vec![format!("peers: {}", peers.len() as u64 + omitted)];
     for peer in peers {
-        line(format!("  {}", peer_line(peer, now)));
+        lines.push(format!("  {}", peer_line(peer, now)));
         if let Some(end) = peer["avoided"]["until"].as_f64() {
-            line(format!(
-                "    avoided for {}: {}",
-                long(end - now),
-                text(&peer["avoided"]["reason"])
-            ));
+            let reason = text(&peer["avoided"]["reason"]);
+            lines.push(format!("    avoided for {}: {reason}", long(end - now)));
         }
     }
+    lines
+}
+
+fn transfers(status: &Value) -> Vec<String> {
     let transfers = list(&status["transfers"]);
-    line(String::new());
-    line(format!("transfers: {}", transfers.len()));
+    let mut lines = vec![format!("transfers: {}", transfers.len())];
     for transfer in transfers {
         let (done, size) = (bytes(&transfer["bytes"]), bytes(&transfer["size"]));
         let (way, name) = (text(&transfer["direction"]), text(&transfer["name"]));
-        line(format!("  {way:3} {done} of {size}, {name}, {}", text(&transfer["peer"])));
+        lines.push(format!("  {way:3} {done} of {size}, {name}, {}", text(&transfer["peer"])));
     }
-    line(String::new());
-    line("totals".into());
+    lines
+}
+
+fn totals(status: &Value) -> Vec<String> {
+    let mut lines = vec!["totals".into()];
     for (when, title) in [("start", "since the start"), ("installation", "since installation")] {
         let totals = &status["totals"][when];
         if totals.is_object() {
@@ -85,32 +91,30 @@ fn shown(status: &Value) -> String {
                 (bytes(&totals["received_lan_bytes"]), bytes(&totals["received_wan_bytes"]));
             let sent = [&totals["sent_lan_bytes"], &totals["sent_wan_bytes"]]
                 .map(|bytes| bytes.as_u64().unwrap_or_default());
-            let saved = long(number(&totals["upstream_seconds"]));
-            let sent = super::bytes(sent.iter().fold(0, |all, bytes| all.saturating_add(*bytes)));
-            line(format!(
+            let sent = super::bytes(sent[0].saturating_add(sent[1]));
+            lines.push(format!(
                 "  {title}: {hits} hits, {misses} misses; {lan} from the LAN, {wan} from further; {sent} sent"
             ));
-            line(format!("    which upstream would have taken some {saved}"));
+            let saved = long(number(&totals["upstream_seconds"]));
+            lines.push(format!("    which upstream would have taken some {saved}"));
         }
     }
+    lines
+}
+
+fn lookups(status: &Value) -> Vec<String> {
     let lookups = list(&status["lookups"]);
-    line(String::new());
-    line(format!("last lookups: {}", lookups.len()));
+    let mut lines = vec![format!("last lookups: {}", lookups.len())];
     for lookup in lookups.iter().take(MAX_LOOKUPS) {
-        let what =
-            format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
-        let came = if lookup["hit"] == true {
-            text(&lookup["peer"])
-        } else {
-            text(&lookup["miss"]["text"])
+        let (hash_part, name) = (text(&lookup["hash_part"]), lookup["name"].as_str());
+        let (result, came) = match lookup["hit"] == true {
+            true => ("hit ", text(&lookup["peer"])),
+            false => ("miss", text(&lookup["miss"]["text"])),
         };
         let elapsed = short(number(&lookup["seconds"]));
-        line(format!(
-            "  {} {what} {elapsed}: {came}",
-            if lookup["hit"] == true { "hit " } else { "miss" }
-        ));
+        lines.push(format!("  {result} {hash_part}-{} {elapsed}: {came}", name.unwrap_or("?")));
     }
-    out
+    lines
 }
 
 /// A friend's name, key, whether it is reached, where and since when, or why not.
