@@ -3,16 +3,17 @@
 //! peerix.
 
 use super::nix::{self, NixSettings, trusted_by};
-use super::probe;
+use super::probe::{self, ProbeOffer};
 use super::report::Findings;
 use super::{EXIT_USAGE, RunningDaemon, get, list, liveness, long, moment, peer_at, text};
 use crate::access::AccessPolicy;
 use crate::config::Sharing;
 use crate::network::Networks;
-use crate::nix::{HashPart, NarInfo, PathInfo, StorePath};
+use crate::nix::{HashPart, NarInfo, PathInfo, PublicKey, StorePath};
 use crate::status::PRIVATE_KEY;
 use serde_json::Value;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -118,6 +119,12 @@ fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bo
     let dir = node.config.store_dir.join(&info.path);
     report
         .ok("here", format!("{dir} is valid here: {} bytes, {signers}{addressed}", info.nar_size));
+    report_sharing(report, node, &info);
+    true
+}
+
+/// Reports who may have a path of this machine's store.
+fn report_sharing(report: &mut Findings, node: &RunningDaemon, info: &PathInfo) {
     let networks: Vec<&str> =
         list(&node.status["networks"]).iter().map(|network| text(&network["address"])).collect();
     match node.config.mode.has_lan() {
@@ -146,11 +153,10 @@ fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bo
     if !problems.any(|problem| text(&problem["code"]) == PRIVATE_KEY) {
         access.set_has_key();
     }
-    match access.withheld_reason(&node.config, &info) {
+    match access.withheld_reason(&node.config, info) {
         None => report.ok("wan", "shared with everybody who knows its hash".into()),
         Some(why) => report.note("wan", format!("not shared with other networks: {why}")),
     }
-    true
 }
 
 /// An offer of a peer, and whether this machine's peerix passes it on and Nix accepts it.
@@ -161,68 +167,19 @@ struct PeerOffer {
     info: Option<PathInfo>,
 }
 
+/// Asks all known nodes for the path. Reports and returns their offers.
 fn offered(
     report: &mut Findings,
     node: &RunningDaemon,
     hash_part: &HashPart,
     settings: Option<&NixSettings>,
 ) -> Vec<PeerOffer> {
-    let mut all = Vec::new();
     let trusted = node.trusted_keys();
     let trusted = trusted.map(|keys| keys.into_iter().map(|(key, _)| key).collect::<Vec<_>>());
-    for offer in probe::offers(node, hash_part) {
-        let who = offer.who();
-        let info = match offer.narinfo {
-            Ok(narinfo) => narinfo.info,
-            Err(e) => {
-                let text = format!("{who} says it has it, and does not give it: {e}");
-                report.fail("peer", text, format!("on that machine: peerix why {hash_part}"));
-                all.push(PeerOffer { passes: false, is_trusted: false, info: None });
-                continue;
-            }
-        };
-        let path = node.config.store_dir.join(&info.path);
-        let at = peer_at(&node.status, offer.from);
-        let avoided = at
-            .filter(|peer| peer["avoided"]["wholly"] == true)
-            .map(|peer| text(&peer["avoided"]["reason"]));
-        report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
-        // A broadcast query reaches silent neighbours, but need not reach a node that `--peer`
-        // names.
-        let unasked = at.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
-        let mut passes = avoided.is_none() && unasked.is_none();
-        if let Some(state) = unasked.and_then(|peer| liveness(peer, moment(&node.status))) {
-            let text = format!("{who} is not asked until it answers a probe: {state}");
-            report.fail("peer", text, "peerix doctor".into());
-        }
-        if let Some(reason) = avoided {
-            report.fail("peer", format!("{who} is avoided at the moment: {reason}"), String::new());
-        }
-        let is_trusted = match settings {
-            Some(settings) => settings.trusts(&info, &node.config),
-            // Without Nix's settings, the other conditions are still reported.
-            None => Ok("whether Nix would take it, it does not say".into()),
-        };
-        if let Some(keys) = &trusted
-            && let Err(why) = trusted_by(&info, keys, &node.config.store_dir)
-        {
-            passes = false;
-            // If Nix refuses it too, that is reported below.
-            if is_trusted.is_ok() {
-                let remedy = nix::trust(&info, &offer.from.ip().to_string());
-                report.fail("trust", format!("peerix passes {who} over: {why}"), remedy);
-            }
-        }
-        match &is_trusted {
-            Ok(why) => report.ok("trust", why.clone()),
-            Err(why) => report.fail(
-                "trust",
-                format!("Nix would refuse it: {why}"),
-                nix::trust(&info, &offer.from.ip().to_string()),
-            ),
-        }
-        all.push(PeerOffer { passes, is_trusted: is_trusted.is_ok(), info: Some(info) });
-    }
+    let trusted = trusted.as_deref();
+    let offers = probe::offers(node, hash_part).into_iter();
+    let all: Vec<PeerOffer> =
+        offers.map(|offer| judge(report, node, hash_part, trusted, settings, offer)).collect();
     silent_peers(report, &node.status);
     if all.is_empty() {
         let peers = list(&node.status["peers"]).len();
@@ -233,20 +190,80 @@ fn offered(
             ),
         );
     }
-    let last = list(&node.status["lookups"])
-        .iter()
-        .find(|lookup| text(&lookup["hash_part"]) == hash_part.as_str());
-    if let Some(last) = last.filter(|last| last["hit"] == false) {
-        let ago = node.status["time"]
-            .as_f64()
-            .zip(last["time"].as_f64())
-            .map_or(0.0, |(now, then)| now - then);
-        report.note(
-            "asked",
-            format!("when Nix asked {ago:.0} s ago, it missed: {}", text(&last["miss"]["text"])),
-        );
-    }
+    report_last_miss(report, &node.status, hash_part);
     all
+}
+/// Reports an offer, whether lookups ask the peer, and whether peerix by the keys in `trusted` and Nix
+/// by its settings accept the path. Without `trusted`, peerix accepts every path.
+fn judge(
+    report: &mut Findings,
+    node: &RunningDaemon,
+    hash_part: &HashPart,
+    trusted: Option<&[PublicKey]>,
+    settings: Option<&NixSettings>,
+    offer: ProbeOffer,
+) -> PeerOffer {
+    let who = offer.who();
+    let info = match offer.narinfo {
+        Ok(narinfo) => narinfo.info,
+        Err(e) => {
+            let text = format!("{who} says it has it, and does not give it: {e}");
+            report.fail("peer", text, format!("on that machine: peerix why {hash_part}"));
+            return PeerOffer { passes: false, is_trusted: false, info: None };
+        }
+    };
+    let path = node.config.store_dir.join(&info.path);
+    report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
+    let mut passes = is_asked(report, &node.status, &who, offer.from);
+    let taken = match settings {
+        Some(settings) => settings.trusts(&info, &node.config),
+        // Without Nix's settings, the other conditions are still reported.
+        None => Ok("whether Nix would take it, it does not say".into()),
+    };
+    let remedy = || nix::trust(&info, &offer.from.ip().to_string());
+    if let Some(keys) = trusted
+        && let Err(why) = trusted_by(&info, keys, &node.config.store_dir)
+    {
+        passes = false;
+        // If Nix refuses it too, that is reported below.
+        if taken.is_ok() {
+            report.fail("trust", format!("peerix passes {who} over: {why}"), remedy());
+        }
+    }
+    let is_trusted = taken.is_ok();
+    match taken {
+        Ok(why) => report.ok("trust", why),
+        Err(why) => report.fail("trust", format!("Nix would refuse it: {why}"), remedy()),
+    }
+    PeerOffer { passes, is_trusted, info: Some(info) }
+}
+
+/// Whether lookups ask the peer at `address`, and reports it if not.
+fn is_asked(report: &mut Findings, status: &Value, who: &str, address: SocketAddr) -> bool {
+    let peer = peer_at(status, address);
+    // A broadcast query reaches silent neighbours, but need not reach a node that `--peer` names.
+    let silent = peer.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
+    if let Some(state) = silent.and_then(|peer| liveness(peer, moment(status))) {
+        let text = format!("{who} is not asked until it answers a probe: {state}");
+        report.fail("peer", text, "peerix doctor".into());
+    }
+    let avoided = peer.filter(|peer| peer["avoided"]["wholly"] == true);
+    if let Some(peer) = avoided {
+        let reason = text(&peer["avoided"]["reason"]);
+        report.fail("peer", format!("{who} is avoided at the moment: {reason}"), String::new());
+    }
+    silent.is_none() && avoided.is_none()
+}
+
+/// Reports why the last lookup of the path for Nix missed.
+fn report_last_miss(report: &mut Findings, status: &Value, hash_part: &HashPart) {
+    let mut lookups = list(&status["lookups"]).iter();
+    let last = lookups.find(|lookup| text(&lookup["hash_part"]) == hash_part.as_str());
+    if let Some(last) = last.filter(|last| last["hit"] == false) {
+        let ago = last["time"].as_f64().map_or(0.0, |then| moment(status) - then);
+        let why = text(&last["miss"]["text"]);
+        report.note("asked", format!("when Nix asked {ago:.0} s ago, it missed: {why}"));
+    }
 }
 
 /// Reports which peers lookups do not ask because they are silent.
@@ -285,43 +302,9 @@ fn nix_asks(
             return true;
         }
     };
-    let order: Vec<String> =
-        nix::order(&settings).iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
-    let path = offered
-        .iter()
-        .find_map(|offer| Some(node.config.store_dir.join(&offer.info.as_ref()?.path)));
-    let mut asks = true;
-    match settings.peerix(node.config.port).first() {
-        None => {
-            asks = false;
-            report.fail(
-                "substituter",
-                "peerix is none of Nix's substituters".into(),
-                nix::substitute(node.config.port),
-            );
-        }
-        Some(url) => {
-            for miss in nix::misses(&settings, url, Some(hash_part.as_str())) {
-                asks = false;
-                let (ago, left) = (miss.age.as_secs(), miss.left.as_secs());
-                let text = format!(
-                    "Nix learned {ago} s ago that no peer has it, and believes it for another {left} s"
-                );
-                // Without an offer, another request would miss again.
-                let remedy = path.as_deref().map(nix::ask_again).unwrap_or_default();
-                report.fail("memory", format!("{text} ({})", miss.file.display()), remedy);
-            }
-            asks &= check_cached_narinfo(report, node, &settings, url, offered);
-            if let Some((variable, proxy)) = settings.proxy(url) {
-                asks = false;
-                report.fail(
-                    "proxy",
-                    nix::asks_by_proxy(&variable, &proxy, url),
-                    nix::no_proxy(&settings),
-                );
-            }
-        }
-    }
+    let mut paths = offered.iter().filter_map(|offer| Some(&offer.info.as_ref()?.path));
+    let path = paths.next().map(|path| node.config.store_dir.join(path));
+    let mut asks = check_substituter(report, node, &settings, hash_part, path.as_deref(), offered);
     if let Some(path) = path
         && settings.get("always-allow-substitutes") != "true"
         && let Some(derivation) = nix::forbidding_derivation(&node.config.db, &path)
@@ -334,11 +317,47 @@ fn nix_asks(
             remedy,
         );
     }
+    let order: Vec<String> =
+        nix::order(&settings).iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
     if !order.is_empty() {
         report
             .note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
     }
     asks
+}
+
+/// Whether Nix asks this machine's peerix for an offered path that it may substitute, and reports it
+/// if not. `path` is the offered store path.
+fn check_substituter(
+    report: &mut Findings,
+    node: &RunningDaemon,
+    settings: &NixSettings,
+    hash_part: &HashPart,
+    path: Option<&str>,
+    offered: &[PeerOffer],
+) -> bool {
+    let urls = settings.peerix(node.config.port);
+    let Some(url) = urls.first() else {
+        let text = "peerix is none of Nix's substituters";
+        report.fail("substituter", text.into(), nix::substitute(node.config.port));
+        return false;
+    };
+    let misses = nix::misses(settings, url, Some(hash_part.as_str()));
+    for miss in &misses {
+        let (ago, left) = (miss.age.as_secs(), miss.left.as_secs());
+        let text = format!(
+            "Nix learned {ago} s ago that no peer has it, and believes it for another {left} s"
+        );
+        // Without an offer, another request would miss again.
+        let remedy = path.map(nix::ask_again).unwrap_or_default();
+        report.fail("memory", format!("{text} ({})", miss.file.display()), remedy);
+    }
+    let is_right = check_cached_narinfo(report, node, settings, url, offered);
+    let proxy = settings.proxy(url);
+    if let Some((variable, proxy)) = &proxy {
+        report.fail("proxy", nix::asks_by_proxy(variable, proxy, url), nix::no_proxy(settings));
+    }
+    misses.is_empty() && is_right && proxy.is_none()
 }
 
 /// Whether the NAR hash that Nix has cached for the path is one that a peer offers, and reports it
