@@ -158,6 +158,20 @@ pub enum Subcommand {
     Identity,
 }
 
+impl Subcommand {
+    /// The subcommand that `word` names. That of `why` has no path yet.
+    fn of_word(word: &str) -> Option<Subcommand> {
+        match word {
+            "status" => Some(Subcommand::Status),
+            "peers" => Some(Subcommand::Peers),
+            "why" => Some(Subcommand::Why(String::new())),
+            "doctor" => Some(Subcommand::Doctor),
+            "identity" => Some(Subcommand::Identity),
+            _ => None,
+        }
+    }
+}
+
 /// Parses the arguments after the program's name. `env` looks up environment variables.
 ///
 /// # Errors
@@ -166,178 +180,36 @@ pub fn parse(
     args: impl IntoIterator<Item = OsString>,
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Command, String> {
-    let mut config = Config::default();
-    let mut bind = Vec::new();
-    let mut db = None;
     let mut args: Vec<OsString> = args.into_iter().collect();
-    let mut subcommand = match args.first().and_then(|word| word.to_str()) {
-        Some("status") => Some(Subcommand::Status),
-        Some("peers") => Some(Subcommand::Peers),
-        Some("why") => Some(Subcommand::Why(String::new())),
-        Some("doctor") => Some(Subcommand::Doctor),
-        Some("identity") => Some(Subcommand::Identity),
-        _ => None,
-    };
+    let mut subcommand = args.first().and_then(|word| Subcommand::of_word(word.to_str()?));
     if subcommand.is_some() {
         args.remove(0);
     }
+    let mut flags = Flags::default();
+    flags.config.flags = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
     let mut json = false;
-    config.flags = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
-        let flag = match &arg {
+        match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
-            Short('v') | Long("verbose") => {
-                config.verbose = true;
-                continue;
+            Short('v') | Long("verbose") => flags.config.verbose = true,
+            Long("json") if subcommand.is_some() => json = true,
+            Long("map-port") => flags.config.map_port = true,
+            Long("no-verify") => flags.config.verify = false,
+            Long("no-filter") => flags.config.filter = false,
+            Long("no-default-filters") => flags.config.default_filters = false,
+            Long(name) => {
+                let name = name.to_owned();
+                flags.set(Flag { name: &name, parser: &mut parser })?;
             }
-            Long("json") if subcommand.is_some() => {
-                json = true;
-                continue;
-            }
-            Long("map-port") => {
-                config.map_port = true;
-                continue;
-            }
-            Long("no-verify") => {
-                config.verify = false;
-                continue;
-            }
-            Long("no-filter") => {
-                config.filter = false;
-                continue;
-            }
-            Long("no-default-filters") => {
-                config.default_filters = false;
-                continue;
-            }
-            Long(name) => name.to_string(),
             Value(path) if subcommand == Some(Subcommand::Why(String::new())) => {
                 subcommand = Some(Subcommand::Why(path.to_string_lossy().into_owned()));
-                continue;
             }
             Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
-        };
-        let mut value = || parser.value().map_err(|_| format!("--{flag}: needs a value"));
-        match flag.as_str() {
-            "port" => config.port = number(&flag, value()?, 0, u16::MAX.into())? as u16,
-            "bind" => bind.push(bind_address(&text(&flag, value()?)?)?),
-            "lan" => {
-                let network = text(&flag, value()?)?;
-                let range = network.parse().map_err(|e| wrong(&flag, &network, e))?;
-                push(&flag, &mut config.networks.lan, range, MAX_LAN_NETWORKS)?;
-            }
-            "interface" => {
-                let name = text(&flag, value()?)?;
-                let pattern = name.parse().map_err(|e| wrong(&flag, &name, e))?;
-                push(&flag, &mut config.networks.interfaces, pattern, MAX_INTERFACE_PATTERNS)?;
-            }
-            "timeout" => {
-                config.timeout = Duration::from_millis(number(&flag, value()?, 1, MAX_TIMEOUT_MS)?)
-            }
-            "peer" => {
-                let (host, port) = host(&flag, &text(&flag, value()?)?)?;
-                config.peers.push((host, port.unwrap_or(DEFAULT_PORT)));
-            }
-            "private-key" => config.private_key = Some(value()?.into()),
-            "trusted-public-key" => {
-                // One value may contain several keys, as in nix.conf.
-                for key in text(&flag, value()?)?.split_whitespace() {
-                    config
-                        .trusted_public_keys
-                        .push(PublicKey::parse(key).map_err(|e| wrong(&flag, key, e))?);
-                }
-            }
-            "trusted-public-key-file" => config.trusted_public_key_files.push(value()?.into()),
-            "metrics" => {
-                let address = text(&flag, value()?)?;
-                config.metrics =
-                    Some(address.parse().map_err(|_| wrong(&flag, &address, "not ADDR:PORT"))?);
-            }
-            "priority" => config.priority = number(&flag, value()?, 0, u32::MAX.into())? as u32,
-            "mode" => {
-                let mode = text(&flag, value()?)?;
-                config.mode = mode.parse().map_err(|e| wrong(&flag, &mode, e))?;
-            }
-            "share" => {
-                let sharing = text(&flag, value()?)?;
-                config.sharing = sharing.parse().map_err(|e| wrong(&flag, &sharing, e))?;
-            }
-            "friend" => {
-                let friend = text(&flag, value()?)?;
-                let friend = friend.parse().map_err(|e| wrong(&flag, &friend, e))?;
-                push(&flag, &mut config.friends, friend, MAX_FRIENDS)?;
-            }
-            "friends-file" => config.friends_file = Some(value()?.into()),
-            "upload-limit" => {
-                let rate = text(&flag, value()?)?;
-                config.upload_limit =
-                    Some(UploadLimit::parse_rate(&rate).map_err(|e| wrong(&flag, &rate, e))?);
-            }
-            "tracker-url" => config.tracker_urls.push(url(&flag, text(&flag, value()?)?)?),
-            "peer-id" => {
-                let id = text(&flag, value()?)?;
-                if !is_peer_id(&id) {
-                    return Err(wrong(
-                        &flag,
-                        &id,
-                        format_args!("not 1 to {MAX_PEER_ID} printable bytes"),
-                    ));
-                }
-                config.peer_id = Some(id);
-            }
-            "announce-addr" => config.announce_addr = Some(host(&flag, &text(&flag, value()?)?)?),
-            "upstream-cache" => config.upstream_cache = url(&flag, text(&flag, value()?)?)?,
-            "filter-patterns" => {
-                let words =
-                    parser.values().map_err(|_| format!("--{flag}: needs at least one pattern"))?;
-                for word in words {
-                    let word = text(&flag, word)?;
-                    if word.len() > MAX_PATTERN {
-                        return Err(wrong(
-                            &flag,
-                            &word,
-                            format_args!("longer than {MAX_PATTERN} bytes"),
-                        ));
-                    }
-                    config.filter_patterns.push(word);
-                }
-                if config.filter_patterns.len() > MAX_PATTERNS {
-                    return Err(format!("--{flag}: more than {MAX_PATTERNS} patterns"));
-                }
-            }
-            "store-dir" => {
-                let dir = text(&flag, value()?)?;
-                config.store_dir = StoreDir::parse(&dir).map_err(|e| wrong(&flag, &dir, e))?;
-            }
-            "root" => config.root = value()?.into(),
-            "db" => db = Some(value()?.into()),
-            "state-dir" => config.state_dir = Some(value()?.into()),
-            _ => return Err(format!("--{flag}: no such option; see --help")),
         }
     }
-    if !bind.is_empty() {
-        config.bind = bind;
-    }
-    config.db =
-        db.unwrap_or_else(|| config.root.join(config.db.strip_prefix("/").unwrap_or(&config.db)));
-    if let Some(dir) = env("NIX_CONF_DIR").filter(|dir| !dir.is_empty()) {
-        config.nix_conf_dir = dir.into();
-    }
-    let mut from_env = |given: Option<PathBuf>, name, flag: &str| {
-        given.or_else(|| {
-            let value = env(name).filter(|value| !value.is_empty())?;
-            config.flags.splice(0..0, [flag.to_owned(), value.to_string_lossy().into_owned()]);
-            Some(value.into())
-        })
-    };
-    config.private_key =
-        from_env(config.private_key.take(), "NIX_SECRET_KEY_FILE", "--private-key");
-    config.state_dir = from_env(config.state_dir.take(), "STATE_DIRECTORY", "--state-dir");
-    if config.mode != Mode::Lan && config.tracker_urls.is_empty() {
-        return Err("--mode wan and --mode both need --tracker-url".into());
-    }
+    let config = flags.into_config(env)?;
     match subcommand {
         None => Ok(Command::Run(Box::new(config))),
         Some(Subcommand::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
@@ -364,50 +236,190 @@ pub fn salvage(args: &[OsString]) -> Config {
     }
 }
 
-fn wrong(flag: &str, value: &str, why: impl Display) -> String {
-    format!("--{flag} {value}: {why}")
+/// Settings while the flags are parsed.
+#[derive(Default)]
+struct Flags {
+    config: Config,
+    /// Addresses of `--bind`. They replace the default.
+    bind: Vec<IpAddr>,
+    /// File of `--db`. Its default depends on `--root`.
+    db: Option<PathBuf>,
 }
 
-/// Adds a value of a repeatable flag to `all`.
-///
-/// # Errors
-/// `all` already has `max` values.
-fn push<T>(flag: &str, all: &mut Vec<T>, value: T, max: usize) -> Result<(), String> {
-    if all.len() >= max {
-        return Err(format!("--{flag}: given more than {max} times"));
+impl Flags {
+    /// Applies a flag that has a value.
+    fn set(&mut self, mut flag: Flag<'_>) -> Result<(), String> {
+        let config = &mut self.config;
+        match flag.name {
+            "port" => config.port = flag.number(0, u16::MAX.into())? as u16,
+            "bind" => self.bind.push(flag.parse(bind_address)?),
+            "lan" => flag.push(&mut config.networks.lan, str::parse, MAX_LAN_NETWORKS)?,
+            "interface" => {
+                flag.push(&mut config.networks.interfaces, str::parse, MAX_INTERFACE_PATTERNS)?
+            }
+            "timeout" => config.timeout = Duration::from_millis(flag.number(1, MAX_TIMEOUT_MS)?),
+            "peer" => {
+                let (host, port) = flag.parse(parse_host)?;
+                config.peers.push((host, port.unwrap_or(DEFAULT_PORT)));
+            }
+            "private-key" => config.private_key = Some(flag.value()?.into()),
+            "trusted-public-key" => {
+                // One value may contain several keys, as in nix.conf.
+                for key in flag.text()?.split_whitespace() {
+                    let key = PublicKey::parse(key).map_err(|e| flag.wrong(key, e))?;
+                    config.trusted_public_keys.push(key);
+                }
+            }
+            "trusted-public-key-file" => config.trusted_public_key_files.push(flag.value()?.into()),
+            "metrics" => {
+                let address = flag.parse(|text| text.parse().map_err(|_| "not ADDR:PORT"))?;
+                config.metrics = Some(address);
+            }
+            "priority" => config.priority = flag.number(0, u32::MAX.into())? as u32,
+            "mode" => config.mode = flag.parse(str::parse)?,
+            "share" => config.sharing = flag.parse(str::parse)?,
+            "friend" => flag.push(&mut config.friends, str::parse, MAX_FRIENDS)?,
+            "friends-file" => config.friends_file = Some(flag.value()?.into()),
+            "upload-limit" => config.upload_limit = Some(flag.parse(UploadLimit::parse_rate)?),
+            "tracker-url" => config.tracker_urls.push(flag.parse(url)?),
+            "peer-id" => config.peer_id = Some(flag.parse(peer_id)?),
+            "announce-addr" => config.announce_addr = Some(flag.parse(parse_host)?),
+            "upstream-cache" => config.upstream_cache = flag.parse(url)?,
+            "filter-patterns" => flag.add_patterns(&mut config.filter_patterns)?,
+            "store-dir" => config.store_dir = flag.parse(StoreDir::parse)?,
+            "root" => config.root = flag.value()?.into(),
+            "db" => self.db = Some(flag.value()?.into()),
+            "state-dir" => config.state_dir = Some(flag.value()?.into()),
+            _ => return Err(format!("--{}: no such option; see --help", flag.name)),
+        }
+        Ok(())
     }
-    all.push(value);
-    Ok(())
-}
 
-fn text(flag: &str, value: OsString) -> Result<String, String> {
-    value.into_string().map_err(|value| wrong(flag, &value.to_string_lossy(), "not UTF-8"))
-}
-
-fn number(flag: &str, value: OsString, min: u64, max: u64) -> Result<u64, String> {
-    let value = text(flag, value)?;
-    match value.parse() {
-        Ok(number) if (min..=max).contains(&number) => Ok(number),
-        _ => Err(wrong(flag, &value, format_args!("not a number from {min} to {max}"))),
+    /// Adds the defaults that depend on other settings, and the environment.
+    ///
+    /// # Errors
+    /// The mode needs a flag that is missing.
+    fn into_config(self, env: impl Fn(&str) -> Option<OsString>) -> Result<Config, String> {
+        let Flags { mut config, bind, db } = self;
+        if !bind.is_empty() {
+            config.bind = bind;
+        }
+        config.db = db
+            .unwrap_or_else(|| config.root.join(config.db.strip_prefix("/").unwrap_or(&config.db)));
+        let env = |name: &str| env(name).filter(|value| !value.is_empty());
+        if let Some(dir) = env("NIX_CONF_DIR") {
+            config.nix_conf_dir = dir.into();
+        }
+        let mut from_env = |given: Option<PathBuf>, name, flag: &str| {
+            given.or_else(|| {
+                let value = env(name)?;
+                config.flags.splice(0..0, [flag.to_owned(), value.to_string_lossy().into_owned()]);
+                Some(value.into())
+            })
+        };
+        config.private_key =
+            from_env(config.private_key.take(), "NIX_SECRET_KEY_FILE", "--private-key");
+        config.state_dir = from_env(config.state_dir.take(), "STATE_DIRECTORY", "--state-dir");
+        if config.mode != Mode::Lan && config.tracker_urls.is_empty() {
+            return Err("--mode wan and --mode both need --tracker-url".into());
+        }
+        Ok(config)
     }
 }
 
-fn bind_address(value: &str) -> Result<IpAddr, String> {
+/// A flag whose value has not been read yet. Errors are one line that names the flag.
+struct Flag<'a> {
+    name: &'a str,
+    parser: &'a mut lexopt::Parser,
+}
+
+impl Flag<'_> {
+    fn value(&mut self) -> Result<OsString, String> {
+        self.parser.value().map_err(|_| format!("--{}: needs a value", self.name))
+    }
+
+    fn text(&mut self) -> Result<String, String> {
+        let value = self.value()?;
+        self.utf8(value)
+    }
+
+    fn utf8(&self, value: OsString) -> Result<String, String> {
+        value.into_string().map_err(|value| self.wrong(&value.to_string_lossy(), "not UTF-8"))
+    }
+
+    /// Reads the value as what `parse` makes of it.
+    fn parse<T, E: Display>(
+        &mut self,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<T, String> {
+        let text = self.text()?;
+        parse(&text).map_err(|e| self.wrong(&text, e))
+    }
+
+    fn number(&mut self, min: u64, max: u64) -> Result<u64, String> {
+        self.parse(|text| match text.parse() {
+            Ok(number) if (min..=max).contains(&number) => Ok(number),
+            _ => Err(format!("not a number from {min} to {max}")),
+        })
+    }
+
+    /// Adds the value of a repeatable flag to `all`, which may have at most `max` values.
+    fn push<T, E: Display>(
+        &mut self,
+        all: &mut Vec<T>,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+        max: usize,
+    ) -> Result<(), String> {
+        let value = self.parse(parse)?;
+        if all.len() >= max {
+            return Err(format!("--{}: given more than {max} times", self.name));
+        }
+        all.push(value);
+        Ok(())
+    }
+
+    /// Adds all values of `--filter-patterns` to `patterns`.
+    fn add_patterns(&mut self, patterns: &mut Vec<String>) -> Result<(), String> {
+        let words = self.parser.values();
+        let words: Vec<OsString> =
+            words.map_err(|_| format!("--{}: needs at least one pattern", self.name))?.collect();
+        for word in words {
+            let word = self.utf8(word)?;
+            if word.len() > MAX_PATTERN {
+                return Err(self.wrong(&word, format_args!("longer than {MAX_PATTERN} bytes")));
+            }
+            patterns.push(word);
+        }
+        if patterns.len() > MAX_PATTERNS {
+            return Err(format!("--{}: more than {MAX_PATTERNS} patterns", self.name));
+        }
+        Ok(())
+    }
+
+    fn wrong(&self, value: &str, why: impl Display) -> String {
+        format!("--{} {value}: {why}", self.name)
+    }
+}
+
+fn bind_address(value: &str) -> Result<IpAddr, &'static str> {
     let bare = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
-    bare.parse().map_err(|_| wrong("bind", value, "not an IP address"))
+    bare.parse().map_err(|_| "not an IP address")
 }
 
-fn host(flag: &str, value: &str) -> Result<(String, Option<u16>), String> {
-    parse_host(value).map_err(|why| wrong(flag, value, why))
+fn peer_id(value: &str) -> Result<String, String> {
+    match is_peer_id(value) {
+        true => Ok(value.to_owned()),
+        false => Err(format!("not 1 to {MAX_PEER_ID} printable bytes")),
+    }
 }
 
-fn url(flag: &str, value: String) -> Result<String, String> {
+fn url(value: &str) -> Result<String, &'static str> {
     let rest = value.strip_prefix("http://").or_else(|| value.strip_prefix("https://"));
     match rest {
         Some(rest) if !rest.is_empty() && !value.contains(char::is_whitespace) => {
             Ok(value.trim_end_matches('/').to_owned())
         }
-        _ => Err(wrong(flag, &value, "not an http:// or https:// URL")),
+        _ => Err("not an http:// or https:// URL"),
     }
 }
 
