@@ -421,10 +421,14 @@ pub fn set(conf: &str, nixos: &str) -> String {
     }
 }
 
+/// Returns the command, or the NixOS option, that adds `value` to a list setting.
+pub fn add(setting: &str, value: &str) -> String {
+    set(&format!("{setting} = {value}"), &format!("{setting} = [ \"{value}\" ];"))
+}
+
 /// Returns the remedy that makes Nix ask peerix.
 pub fn substitute(port: u16) -> String {
-    let url = format!("http://127.0.0.1:{port}");
-    set(&format!("extra-substituters = {url}"), &format!("extra-substituters = [ \"{url}\" ];"))
+    add("extra-substituters", &format!("http://127.0.0.1:{port}"))
 }
 
 /// Returns the remedy that makes Nix trust the first signer of a path that `who` has.
@@ -451,8 +455,7 @@ pub fn trust(info: &PathInfo, who: &str) -> String {
             )
         }
     };
-    let conf = format!("extra-trusted-public-keys = {key}");
-    set(&conf, &format!("extra-trusted-public-keys = [ \"{key}\" ];")) + &from
+    add("extra-trusted-public-keys", &key) + &from
 }
 
 /// Returns the command that makes Nix ask for a path again in spite of a cached miss.

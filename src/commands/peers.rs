@@ -4,22 +4,17 @@ use super::probe::{self, HttpProbe};
 use super::report::{Findings, Severity};
 use super::status::friend_line;
 use super::{RunningDaemon, found_by, list, liveness, moment, peer_at, text};
-use crate::nix::HashPart;
 use serde_json::Value;
 use std::net::SocketAddr;
 
-/// Hash part that no store path has. Queries for it only show who answers.
-pub const NO_PATH: [u8; HashPart::LEN] = [b'0'; HashPart::LEN];
-
 pub fn run(node: &RunningDaemon, json: bool) -> u8 {
-    let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
     let mut report = Findings::default();
     let known = probe::known(node);
     let far = probe::wan_nodes(node, None);
     let mut asked: Vec<SocketAddr> =
         known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
     let has_lan = node.config.mode.has_lan();
-    let heard = match probe::ask(node, &nothing, node.config.port, &asked, has_lan) {
+    let heard = match probe::ask(node, &probe::no_path(), node.config.port, &asked, has_lan) {
         Ok(heard) => heard,
         Err(e) => {
             report.fail("udp", format!("cannot ask: {e}"), String::new());

@@ -35,6 +35,11 @@ const MAX_HEARD: usize = 1024;
 /// at most 64 candidates and 8 others for a lookup.
 const MAX_WAN_NODES: usize = 72;
 
+/// Hash part that no store path has. Queries for it only show which nodes answer.
+pub fn no_path() -> HashPart {
+    HashPart::parse(&[b'0'; HashPart::LEN]).expect("zeros are Nix32")
+}
+
 /// Answer of a node to a query.
 pub struct ProbeReply {
     /// Address that the answer came from.
