@@ -66,7 +66,6 @@ pub fn ask(
     everyone: bool,
 ) -> io::Result<Vec<ProbeReply>> {
     let networks = Networks::read(node.config.networks.clone()).current();
-    let (socket, is_v6) = open()?;
     let mut targets = named.to_vec();
     if everyone {
         targets.extend(networks.broadcast_targets(port));
@@ -75,57 +74,102 @@ pub fn ask(
     targets.dedup();
     let mut live = addresses(&node.status, |peer| peer["state"] == "live");
     live.retain(|address| named.contains(address));
-    // The ID in an answer tells which sending it answers. It is random, so that only nodes that got
-    // a query know it.
-    let first = RandomState::new().build_hasher().finish() as u32;
-    let mut sent: Vec<Instant> = Vec::new();
-    let mut heard: Vec<ProbeReply> = Vec::new();
-    let have_answered = |all: &[SocketAddr], heard: &[ProbeReply]| {
-        all.iter().all(|address| heard.iter().any(|reply| reply.from == *address))
+    let (socket, is_v6) = open()?;
+    let mut query = RunningQuery {
+        socket,
+        is_v6,
+        hash_part,
+        networks: &networks,
+        targets: &targets,
+        everyone,
+        first_id: RandomState::new().build_hasher().finish() as u32,
+        sent: Vec::new(),
+        heard: Vec::new(),
     };
-    while sent.len() < SENDINGS as usize
-        || (!have_answered(&live, &heard) && sent[0].elapsed() < LIVE_WAIT.get())
+    while query.sent.len() < SENDINGS as usize
+        || (!query.have_answered(&live) && query.sent[0].elapsed() < LIVE_WAIT.get())
     {
-        let began = Instant::now();
-        let id = first.wrapping_add(sent.len() as u32);
-        sent.push(began);
-        let query = Packet::Query { id, hash_part: *hash_part }.encode();
-        for target in &targets {
-            if !heard.iter().any(|h| h.from == *target) {
-                // An address that cannot be sent to counts as one that does not answer.
-                let _ = socket.send_to(&query, mapped(*target, is_v6));
-            }
-        }
-        let mut buffer = [0; Packet::MAX_LEN + 1];
+        let began = query.send();
         while let Some(left) =
             ANSWER_WAIT.checked_sub(began.elapsed()).filter(|left| !left.is_zero())
         {
-            if !everyone && have_answered(&targets, &heard) {
-                return Ok(heard);
+            if !everyone && query.have_answered(&targets) {
+                return Ok(query.heard);
             }
-            socket.set_read_timeout(Some(left))?;
-            let Ok((length, mut from)) = socket.recv_from(&mut buffer) else { continue };
-            if let Some(v4) = v4_of(from) {
-                from.set_ip(v4);
-            }
-            let (id, holder) = match Packet::parse(&buffer[..length]) {
-                Ok(Packet::Have { id, port, url_path }) => {
-                    let mut http = from;
-                    http.set_port(port);
-                    (id, Some(Holder { http, url_path }))
-                }
-                Ok(Packet::HaveNot { id }) => (id, None),
-                _ => continue,
-            };
-            let Some(at) = sent.get(id.wrapping_sub(first) as usize) else { continue };
-            let was_asked = targets.contains(&from) || (everyone && networks.is_lan(from));
-            let is_new = !networks.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
-            if was_asked && is_new && heard.len() < MAX_HEARD {
-                heard.push(ProbeReply { from, holder, elapsed: at.elapsed() });
-            }
+            query.receive(left)?;
         }
     }
-    Ok(heard)
+    Ok(query.heard)
+}
+
+/// A query that is sent several times, and the answers to it.
+struct RunningQuery<'a> {
+    socket: UdpSocket,
+    /// Whether the socket is dual-stack.
+    is_v6: bool,
+    hash_part: &'a HashPart,
+    networks: &'a LanNetworks,
+    /// Addresses that the query is sent to, broadcast addresses included.
+    targets: &'a [SocketAddr],
+    /// Whether answers of all nodes on the LAN count.
+    everyone: bool,
+    /// ID of the first sending; each further one has the next. The ID in an answer tells which
+    /// sending it answers. It is random, so that only nodes that got a query know it.
+    first_id: u32,
+    /// Time of each sending.
+    sent: Vec<Instant>,
+    /// First answer of each node.
+    heard: Vec<ProbeReply>,
+}
+
+impl RunningQuery<'_> {
+    /// Sends the query to all targets that have not answered. Returns the time before.
+    fn send(&mut self) -> Instant {
+        let began = Instant::now();
+        let id = self.first_id.wrapping_add(self.sent.len() as u32);
+        self.sent.push(began);
+        let query = Packet::Query { id, hash_part: *self.hash_part }.encode();
+        for target in self.targets.iter().filter(|target| !self.has_answered(target)) {
+            // An address that cannot be sent to counts as one that does not answer.
+            let _ = self.socket.send_to(&query, mapped(*target, self.is_v6));
+        }
+        began
+    }
+
+    /// Waits for at most `timeout` for a datagram, and records it if it is the first answer of a
+    /// node that was asked.
+    fn receive(&mut self, timeout: Duration) -> io::Result<()> {
+        let mut buffer = [0; Packet::MAX_LEN + 1];
+        self.socket.set_read_timeout(Some(timeout))?;
+        let Ok((length, mut from)) = self.socket.recv_from(&mut buffer) else { return Ok(()) };
+        from.set_ip(from.ip().to_canonical());
+        let (id, holder) = match Packet::parse(&buffer[..length]) {
+            Ok(Packet::Have { id, port, url_path }) => {
+                let mut http = from;
+                http.set_port(port);
+                (id, Some(Holder { http, url_path }))
+            }
+            Ok(Packet::HaveNot { id }) => (id, None),
+            _ => return Ok(()),
+        };
+        let sending = id.wrapping_sub(self.first_id) as usize;
+        let Some(elapsed) = self.sent.get(sending).map(Instant::elapsed) else { return Ok(()) };
+        let was_asked =
+            self.targets.contains(&from) || (self.everyone && self.networks.is_lan(from));
+        let is_new = !self.networks.is_own(from.ip()) && !self.has_answered(&from);
+        if was_asked && is_new && self.heard.len() < MAX_HEARD {
+            self.heard.push(ProbeReply { from, holder, elapsed });
+        }
+        Ok(())
+    }
+
+    fn has_answered(&self, address: &SocketAddr) -> bool {
+        self.heard.iter().any(|reply| reply.from == *address)
+    }
+
+    fn have_answered(&self, all: &[SocketAddr]) -> bool {
+        all.iter().all(|address| self.has_answered(address))
+    }
 }
 
 /// Opens a dual-stack socket, or one for IPv4 if the system has no IPv6. Returns whether it is
@@ -149,13 +193,6 @@ fn mapped(to: SocketAddr, is_v6: bool) -> SocketAddr {
     match to {
         SocketAddr::V4(v4) if is_v6 => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
         _ => to,
-    }
-}
-
-fn v4_of(from: SocketAddr) -> Option<IpAddr> {
-    match from {
-        SocketAddr::V6(v6) => v6.ip().to_ipv4_mapped().map(IpAddr::V4),
-        SocketAddr::V4(_) => None,
     }
 }
 
