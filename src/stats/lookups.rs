@@ -1,10 +1,13 @@
 //! The last lookups of this machine's Nix, with the reasons of misses.
 
 use super::Network;
+use super::counters::Histogram;
+use crate::lock::Mutex;
 use crate::nix::HashPart;
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 /// Maximum number of lookups that are kept; the oldest are dropped.
@@ -78,7 +81,7 @@ impl MissReason {
     }
 
     /// Index of the code in [`MissReason::CODES`].
-    pub(super) fn kind(&self) -> usize {
+    fn kind(&self) -> usize {
         match self {
             MissReason::Alone { .. } => 0,
             MissReason::Busy => 1,
@@ -135,21 +138,51 @@ pub fn short(text: &dyn fmt::Display) -> Box<str> {
     text.into()
 }
 
-/// A ring buffer of the last lookups.
+/// Statistics of the lookups of this machine's Nix.
 #[derive(Default)]
-pub(super) struct RecentLookups(VecDeque<LookupRecord>);
+pub struct LookupStats {
+    /// Durations of lookups that hit.
+    pub hit_time: Histogram,
+    /// Durations of lookups that missed.
+    pub miss_time: Histogram,
+    /// Number of misses for each of [`MissReason::CODES`].
+    misses: [AtomicU64; MissReason::CODES.len()],
+    /// The last lookups, the latest last.
+    recent: Mutex<VecDeque<LookupRecord>>,
+}
 
-impl RecentLookups {
-    pub fn add(&mut self, lookup: LookupRecord) {
-        if self.0.len() >= MAX_LOOKUPS {
-            self.0.pop_front();
+impl LookupStats {
+    /// Records a lookup that has just ended.
+    pub(super) fn record(
+        &self,
+        hash_part: HashPart,
+        result: Result<HitRecord, MissReason>,
+        elapsed: Duration,
+    ) {
+        match &result {
+            Ok(_) => self.hit_time.observe(elapsed),
+            Err(miss) => {
+                self.misses[miss.kind()].fetch_add(1, Ordering::Relaxed);
+                self.miss_time.observe(elapsed);
+            }
         }
-        self.0.push_back(lookup);
+        let lookup = LookupRecord { at: SystemTime::now(), hash_part, elapsed, result };
+        let mut recent = self.recent.lock();
+        if recent.len() >= MAX_LOOKUPS {
+            recent.pop_front();
+        }
+        recent.push_back(lookup);
     }
 
-    /// All lookups, the latest first.
-    pub fn all(&self) -> Vec<LookupRecord> {
-        self.0.iter().rev().cloned().collect()
+    /// Number of misses for each code.
+    pub fn misses(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let counts = self.misses.iter().map(|count| count.load(Ordering::Relaxed));
+        MissReason::CODES.into_iter().zip(counts)
+    }
+
+    /// The last lookups, at most [`MAX_LOOKUPS`], the latest first.
+    pub fn recent(&self) -> Vec<LookupRecord> {
+        self.recent.lock().iter().rev().cloned().collect()
     }
 }
 
@@ -188,18 +221,12 @@ mod tests {
 
     #[test]
     fn recent_lookups_are_bounded_and_the_latest_first() {
-        let mut lookups = RecentLookups::default();
+        let lookups = LookupStats::default();
         let hash_part = HashPart::parse(&[b'0'; 32]).unwrap();
         for asked in 0..1000 {
-            let result = Err(MissReason::Nobody { asked });
-            lookups.add(LookupRecord {
-                at: SystemTime::UNIX_EPOCH,
-                hash_part,
-                elapsed: Duration::ZERO,
-                result,
-            });
+            lookups.record(hash_part, Err(MissReason::Nobody { asked }), Duration::ZERO);
         }
-        let all = lookups.all();
+        let all = lookups.recent();
         assert_eq!(all.len(), MAX_LOOKUPS);
         assert_eq!(all[0].result.as_ref().unwrap_err(), &MissReason::Nobody { asked: 999 });
     }

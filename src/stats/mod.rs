@@ -8,22 +8,22 @@ mod counters;
 mod hours;
 mod lookups;
 mod persistence;
+mod start_time;
 mod traffic;
 mod transfers;
 
 pub use counters::{Counter, Histogram, Totals};
 pub use hours::{HOUR, Hour};
-pub use lookups::{HitRecord, LookupRecord, MAX_LOOKUPS, MissReason, short};
+pub use lookups::{HitRecord, LookupRecord, LookupStats, MAX_LOOKUPS, MissReason, short};
 pub use traffic::{MAX_PEERS, PeerTraffic, TrafficKey};
-pub use transfers::{Direction, RunningTransfer, TransferGuard};
+pub use transfers::{Direction, RunningTransfer, TransferGuard, TransferStats};
 
 use crate::lock::Mutex;
 use crate::nix::{HashPart, StorePath};
 use counters::Counters;
 use hours::Hours;
-use lookups::RecentLookups;
 use persistence::{LoadError, SavedCounters};
-use std::collections::BTreeMap;
+use start_time::StartTime;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,26 +53,16 @@ impl Network {
 /// Statistics of this run, and the saved totals of earlier runs.
 pub struct Stats {
     is_on: bool,
-    /// Start of the run by [`since_boot`], and by the wall clock.
-    started: Duration,
-    started_at: Mutex<SystemTime>,
+    start: StartTime,
     counters: Counters,
-    misses: [AtomicU64; MissReason::CODES.len()],
-    /// Durations of lookups that hit.
-    pub hit_time: Histogram,
-    /// Durations of lookups that missed.
-    pub miss_time: Histogram,
-    /// Time from this machine's request for a NAR to its first piece from a LAN peer.
-    pub first_byte_lan: Histogram,
-    /// Time from this machine's request for a NAR to its first piece from a WAN peer.
-    pub first_byte_wan: Histogram,
-    lookups: Mutex<RecentLookups>,
+    /// Lookups of this machine's Nix.
+    pub lookups: LookupStats,
+    /// Transfers of NARs.
+    pub transfers: TransferStats,
     traffic: Mutex<Traffic>,
     /// Bytes received from, and sent to, peers without a metrics series. Includes peers whose
     /// counts have been dropped.
     others: [AtomicU64; 2],
-    transfers: Mutex<BTreeMap<u64, Arc<RunningTransfer>>>,
-    next_id: AtomicU64,
     hours: Mutex<Hours>,
     earlier: Mutex<Option<EarlierTotals>>,
 }
@@ -97,19 +87,12 @@ impl Stats {
     pub fn new() -> Self {
         Stats {
             is_on: true,
-            started: since_boot(),
-            started_at: Mutex::new(SystemTime::now()),
+            start: StartTime::now(),
             counters: Counters::default(),
-            misses: Default::default(),
-            hit_time: Histogram::default(),
-            miss_time: Histogram::default(),
-            first_byte_lan: Histogram::default(),
-            first_byte_wan: Histogram::default(),
-            lookups: Mutex::default(),
+            lookups: LookupStats::default(),
+            transfers: TransferStats::default(),
             traffic: Mutex::new(Traffic::new(Instant::now())),
             others: Default::default(),
-            transfers: Mutex::default(),
-            next_id: AtomicU64::new(1),
             hours: Mutex::default(),
             earlier: Mutex::default(),
         }
@@ -122,20 +105,13 @@ impl Stats {
 
     /// Time since the start, including suspends.
     pub fn age(&self) -> Duration {
-        since_boot().saturating_sub(self.started)
+        self.start.age()
     }
 
     /// Time of the start by the wall clock, which reads `now`. Differs from earlier results if the
     /// clock has been set by more than 10 s, as on machines that boot in 1970.
     pub fn started(&self, now: SystemTime) -> SystemTime {
-        let mut start = self.started_at.lock();
-        let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);
-        let difference = by_now.duration_since(*start).unwrap_or_else(|e| e.duration());
-        // Keeps the result stable while the clock is slewed.
-        if difference > MIN_CLOCK_CHANGE {
-            *start = by_now;
-        }
-        *start
+        self.start.by_wall_clock(now)
     }
 
     /// Records a lookup that found the path at a peer. `id` is the peer's ID at a tracker.
@@ -151,42 +127,27 @@ impl Stats {
             return;
         }
         self.counters.add(Counter::Hits, 1);
-        self.hit_time.observe(elapsed);
         let counts = self.peer_traffic(TrafficKey::server(network, peer));
         counts.hits.fetch_add(1, Ordering::Relaxed);
         id.iter().for_each(|id| counts.set_id(id));
-        let result = Ok(HitRecord { name: path.name().into(), network, peer });
-        self.lookups.lock().add(LookupRecord {
-            at: SystemTime::now(),
-            hash_part: path.hash_part(),
-            elapsed,
-            result,
-        });
+        let hit = HitRecord { name: path.name().into(), network, peer };
+        self.lookups.record(path.hash_part(), Ok(hit), elapsed);
     }
 
     /// Records a lookup that missed.
     pub fn record_miss(&self, hash_part: &HashPart, miss: MissReason, elapsed: Duration) {
-        if !self.is_on {
-            return;
+        if self.is_on {
+            self.counters.add(Counter::Misses, 1);
+            self.lookups.record(*hash_part, Err(miss), elapsed);
         }
-        self.counters.add(Counter::Misses, 1);
-        self.misses[miss.kind()].fetch_add(1, Ordering::Relaxed);
-        self.miss_time.observe(elapsed);
-        let lookup = LookupRecord {
-            at: SystemTime::now(),
-            hash_part: *hash_part,
-            elapsed,
-            result: Err(miss),
-        };
-        self.lookups.lock().add(lookup);
     }
 
     /// Records the time from the request for a NAR to its first piece.
     pub fn record_first_byte(&self, network: Network, elapsed: Duration) {
         match network {
             _ if !self.is_on => {}
-            Network::Lan => self.first_byte_lan.observe(elapsed),
-            Network::Wan => self.first_byte_wan.observe(elapsed),
+            Network::Lan => self.transfers.first_byte_lan.observe(elapsed),
+            Network::Wan => self.transfers.first_byte_wan.observe(elapsed),
         }
     }
 
@@ -209,14 +170,8 @@ impl Stats {
     }
 
     fn begin(&self, direction: Direction, name: &str, size: u64) -> TransferGuard<'_> {
-        if !self.is_on {
-            return TransferGuard::none(self);
-        }
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let transfer = TransferGuard::begin(self, id, direction, name.to_owned(), size);
-        // Bounded by the permits for streams.
-        self.transfers.lock().extend(transfer.running().map(|running| (id, running.clone())));
-        transfer
+        let begin = || self.transfers.begin(direction, name, size);
+        TransferGuard::new(self, self.is_on.then(begin))
     }
 
     /// Counts a whole NAR to which this peer contributed.
@@ -230,10 +185,6 @@ impl Stats {
 
     fn add(&self, count: Counter, more: u64) {
         self.counters.add(count, more);
-    }
-
-    fn remove_transfer(&self, id: u64) {
-        self.transfers.lock().remove(&id);
     }
 
     fn peer_traffic(&self, key: TrafficKey) -> Arc<PeerTraffic> {
@@ -251,23 +202,6 @@ impl Stats {
         earlier
             .as_ref()
             .map(|earlier| (earlier.saved.since, earlier.saved.totals.plus(&self.totals())))
-    }
-
-    /// Number of misses for each code.
-    pub fn misses(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        MissReason::CODES
-            .into_iter()
-            .zip(self.misses.iter().map(|count| count.load(Ordering::Relaxed)))
-    }
-
-    /// The last lookups, the latest first.
-    pub fn lookups(&self) -> Vec<LookupRecord> {
-        self.lookups.lock().all()
-    }
-
-    /// Running transfers, the oldest first.
-    pub fn transfers(&self) -> Vec<Arc<RunningTransfer>> {
-        self.transfers.lock().values().cloned().collect()
     }
 
     /// Traffic of each peer, in no order.
@@ -377,17 +311,8 @@ impl Stats {
     }
 }
 
-/// Clock difference above which the clock counts as set. Smaller ones come from slewing.
-const MIN_CLOCK_CHANGE: Duration = Duration::from_secs(10);
-
 /// Start of 2020, in seconds since 1970. Earlier times come from a wrong clock.
 const EARLIEST_START: u64 = 1_577_836_800;
-
-/// Time since boot, including suspends (CLOCK_BOOTTIME).
-fn since_boot() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Duration::try_from(time).unwrap_or_default()
-}
 
 /// End of the message that the counters cannot be written.
 const NOT_KEPT: &str = "what is counted is lost with this process until that is mended";
@@ -435,12 +360,15 @@ mod tests {
             MissReason::Nobody { asked: 2 },
             Duration::from_millis(2),
         );
-        let lookups = stats.lookups();
+        let lookups = stats.lookups.recent();
         assert_eq!(lookups.len(), 2);
         assert_eq!(lookups[0].result.as_ref().unwrap_err().code(), "nobody");
         assert_eq!(&*lookups[1].result.as_ref().unwrap().name, "hello");
-        assert_eq!(stats.misses().find(|(code, _)| *code == "nobody"), Some(("nobody", 1)));
-        assert_eq!((stats.hit_time.cumulative()[15], stats.miss_time.cumulative()[15]), (1, 1));
+        assert_eq!(stats.lookups.misses().find(|(code, _)| *code == "nobody"), Some(("nobody", 1)));
+        assert_eq!(
+            (stats.lookups.hit_time.cumulative()[15], stats.lookups.miss_time.cumulative()[15]),
+            (1, 1)
+        );
         let traffic = stats.traffic();
         assert_eq!((traffic.len(), traffic[0].1.id().as_deref()), (1, Some("<b>")));
     }
@@ -449,7 +377,7 @@ mod tests {
     fn transfer_is_listed_while_it_runs_and_counted_by_network() {
         let stats = Stats::new();
         let mut transfer = stats.begin_receive(path().base_name(), 100);
-        assert_eq!(stats.transfers()[0].peer(), None);
+        assert_eq!(stats.transfers.running()[0].peer(), None);
         transfer.set_peer(Network::Lan, peer());
         transfer.record_bytes(60);
         transfer.set_progress(60);
@@ -457,10 +385,13 @@ mod tests {
         transfer.set_peer(Network::Wan, peer());
         transfer.record_bytes(40);
         transfer.set_progress(100);
-        assert_eq!((stats.transfers()[0].bytes(), stats.transfers()[0].size), (100, 100));
+        assert_eq!(
+            (stats.transfers.running()[0].bytes(), stats.transfers.running()[0].size),
+            (100, 100)
+        );
         transfer.record_whole();
         drop(transfer);
-        assert!(stats.transfers().is_empty());
+        assert!(stats.transfers.running().is_empty());
         let sending = stats.begin_send(path().base_name(), 10, Network::Lan, peer());
         sending.record_bytes(7);
         drop(sending);
@@ -515,11 +446,14 @@ mod tests {
         transfer.record_whole();
         transfer.record_failure();
         assert!(
-            stats.transfers().is_empty()
-                && stats.lookups().is_empty()
+            stats.transfers.running().is_empty()
+                && stats.lookups.recent().is_empty()
                 && stats.traffic().is_empty()
         );
-        assert_eq!((stats.totals(), stats.first_byte_lan.cumulative()[15]), (Totals::default(), 0));
+        assert_eq!(
+            (stats.totals(), stats.transfers.first_byte_lan.cumulative()[15]),
+            (Totals::default(), 0)
+        );
     }
 
     #[test]
@@ -545,7 +479,7 @@ mod tests {
         for wrong in [SystemTime::UNIX_EPOCH + Duration::from_secs(20), at(80 * 365 * 24 * HOUR)] {
             let dir = dir("clock");
             let stats = Stats::new();
-            *stats.started_at.lock() = wrong;
+            *stats.start.wall.lock() = wrong;
             stats.load_earlier(&dir, wrong);
             stats.save(wrong);
             assert_eq!(stats.totals_ever().unwrap().0, seconds(wrong));

@@ -1,9 +1,10 @@
 //! Running transfers of NARs in both directions.
 
-use super::counters::Counter;
+use super::counters::{Counter, Histogram};
 use super::traffic::{PeerTraffic, TrafficKey};
 use super::{Network, Stats};
 use crate::lock::Mutex;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,6 +55,46 @@ impl RunningTransfer {
     }
 }
 
+/// Statistics of the transfers of NARs.
+#[derive(Default)]
+pub struct TransferStats {
+    /// Time from this machine's request for a NAR to its first piece from a LAN peer.
+    pub first_byte_lan: Histogram,
+    /// Time from this machine's request for a NAR to its first piece from a WAN peer.
+    pub first_byte_wan: Histogram,
+    /// Running transfers by ID. Bounded by the permits for streams.
+    running: Mutex<BTreeMap<u64, Arc<RunningTransfer>>>,
+    last_id: AtomicU64,
+}
+
+impl TransferStats {
+    pub(super) fn begin(
+        &self,
+        direction: Direction,
+        name: &str,
+        size: u64,
+    ) -> Arc<RunningTransfer> {
+        let running = Arc::new(RunningTransfer {
+            id: self.last_id.fetch_add(1, Ordering::Relaxed) + 1,
+            direction,
+            name: name.to_owned(),
+            size,
+            at: SystemTime::now(),
+            began: Instant::now(),
+            bytes: AtomicU64::new(0),
+            peer: Mutex::default(),
+            reason: Mutex::default(),
+        });
+        self.running.lock().insert(running.id, running.clone());
+        running
+    }
+
+    /// Running transfers, the oldest first.
+    pub fn running(&self) -> Vec<Arc<RunningTransfer>> {
+        self.running.lock().values().cloned().collect()
+    }
+}
+
 /// Handle of the thread that moves a NAR. Dropping it ends the transfer.
 pub struct TransferGuard<'a> {
     stats: &'a Stats,
@@ -62,34 +103,9 @@ pub struct TransferGuard<'a> {
 }
 
 impl<'a> TransferGuard<'a> {
-    /// A handle that records nothing.
-    pub(super) fn none(stats: &'a Stats) -> Self {
-        TransferGuard { stats, running: None, peer: None }
-    }
-
-    pub(super) fn begin(
-        stats: &'a Stats,
-        id: u64,
-        direction: Direction,
-        name: String,
-        size: u64,
-    ) -> Self {
-        let running = RunningTransfer {
-            id,
-            direction,
-            name,
-            size,
-            at: SystemTime::now(),
-            began: Instant::now(),
-            bytes: AtomicU64::new(0),
-            peer: Mutex::default(),
-            reason: Mutex::default(),
-        };
-        TransferGuard { stats, running: Some(Arc::new(running)), peer: None }
-    }
-
-    pub(super) fn running(&self) -> Option<&Arc<RunningTransfer>> {
-        self.running.as_ref()
+    /// Returns a handle of a transfer that is `running`. `None` records nothing.
+    pub(super) fn new(stats: &'a Stats, running: Option<Arc<RunningTransfer>>) -> Self {
+        TransferGuard { stats, running, peer: None }
     }
 
     /// Sets the current peer.
@@ -150,6 +166,8 @@ impl<'a> TransferGuard<'a> {
 
 impl Drop for TransferGuard<'_> {
     fn drop(&mut self) {
-        self.running.iter().for_each(|running| self.stats.remove_transfer(running.id));
+        if let Some(running) = &self.running {
+            self.stats.transfers.running.lock().remove(&running.id);
+        }
     }
 }

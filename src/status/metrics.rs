@@ -76,10 +76,10 @@ impl StatusService {
         }
 
         all.metric("lookup_seconds", "histogram", "Time of lookups for the own Nix.");
-        all.histogram("lookup_seconds", ("result", "hit"), &stats.hit_time);
-        all.histogram("lookup_seconds", ("result", "miss"), &stats.miss_time);
+        all.histogram("lookup_seconds", ("result", "hit"), &stats.lookups.hit_time);
+        all.histogram("lookup_seconds", ("result", "miss"), &stats.lookups.miss_time);
         all.metric("lookup_misses_total", "counter", "Lookups that found nothing, by reason.");
-        stats.misses().for_each(|(code, count)| {
+        stats.lookups.misses().for_each(|(code, count)| {
             all.series("lookup_misses_total", &[("reason", code)], count as f64)
         });
         all.metric(
@@ -87,8 +87,8 @@ impl StatusService {
             "histogram",
             "Time from the own Nix's request for a NAR to its first piece.",
         );
-        all.histogram("first_byte_seconds", ("network", "lan"), &stats.first_byte_lan);
-        all.histogram("first_byte_seconds", ("network", "wan"), &stats.first_byte_wan);
+        all.histogram("first_byte_seconds", ("network", "lan"), &stats.transfers.first_byte_lan);
+        all.histogram("first_byte_seconds", ("network", "wan"), &stats.transfers.first_byte_wan);
 
         let by_network = |all: &mut MetricsText, name, help, lan, wan| {
             all.metric(name, "counter", help);

@@ -265,10 +265,11 @@ impl StatusService {
                 .collect(),
             peers,
             peers_omitted: 0,
-            lookups: self.stats.lookups().into_iter().map(lookup).collect(),
+            lookups: self.stats.lookups.recent().into_iter().map(lookup).collect(),
             transfers: self
                 .stats
-                .transfers()
+                .transfers
+                .running()
                 .iter()
                 .map(|running| transfer(running, now))
                 .collect(),
