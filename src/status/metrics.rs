@@ -1,8 +1,8 @@
 //! `/metrics` in the Prometheus text format, version 0.0.4, and the text of `/health`.
 
-use super::report::{Liveness, PeerReport, Problem};
+use super::report::{Liveness, NodeReport, PeerReport, Problem, StatusReport, TrackerState};
 use super::{StatusService, text};
-use crate::stats::{Counter, Histogram, Totals};
+use crate::stats::{Counter, Histogram, Stats, Totals};
 use std::fmt::Write;
 
 /// Names and values of a series' labels.
@@ -38,6 +38,17 @@ impl MetricsText {
         self.series(name, &[], value);
     }
 
+    /// Writes a metric with a series for each value of `label`.
+    fn by<'a>(
+        &mut self,
+        label: &str,
+        (name, kind, help): (&str, &str, &str),
+        series: impl IntoIterator<Item = (&'a str, f64)>,
+    ) {
+        self.metric(name, kind, help);
+        series.into_iter().for_each(|(value, number)| self.series(name, &[(label, value)], number));
+    }
+
     fn histogram(&mut self, name: &str, label: (&str, &str), histogram: &Histogram) {
         let counts = histogram.cumulative();
         for (at, count) in counts.iter().enumerate() {
@@ -53,107 +64,11 @@ impl StatusService {
     /// All metrics as text. Blocks for at most 7 s, for the store and for discovery.
     pub fn metrics(&self) -> String {
         let report = self.whole();
-        let stats = &self.stats;
-        let totals = &report.totals.start.totals;
         let mut all = MetricsText(String::new());
-
-        all.metric("build_info", "gauge", "The version, as a label.");
-        all.series(
-            "build_info",
-            &[("version", report.node.version), ("mode", report.node.mode)],
-            1.0,
-        );
-        all.one("start_time_seconds", "gauge", "When it started, since 1970.", report.node.started);
-        all.one(
-            "healthy",
-            "gauge",
-            "Whether /health says 200.",
-            f64::from(u8::from(report.health.ok)),
-        );
-        all.metric("problem", "gauge", "What is wrong, 1 for each.");
-        for problem in &report.health.problems {
-            all.series("problem", &[("code", problem.code)], 1.0);
-        }
-
-        all.metric("lookup_seconds", "histogram", "Time of lookups for the own Nix.");
-        all.histogram("lookup_seconds", ("result", "hit"), &stats.lookups.hit_time);
-        all.histogram("lookup_seconds", ("result", "miss"), &stats.lookups.miss_time);
-        all.metric("lookup_misses_total", "counter", "Lookups that found nothing, by reason.");
-        stats.lookups.misses().for_each(|(code, count)| {
-            all.series("lookup_misses_total", &[("reason", code)], count as f64)
-        });
-        all.metric(
-            "first_byte_seconds",
-            "histogram",
-            "Time from the own Nix's request for a NAR to its first piece.",
-        );
-        all.histogram("first_byte_seconds", ("network", "lan"), &stats.transfers.first_byte_lan);
-        all.histogram("first_byte_seconds", ("network", "wan"), &stats.transfers.first_byte_wan);
-
-        let by_network = |all: &mut MetricsText, name, help, lan, wan| {
-            all.metric(name, "counter", help);
-            all.series(name, &[("network", "lan")], totals.get(lan) as f64);
-            all.series(name, &[("network", "wan")], totals.get(wan) as f64);
-        };
-        let received = "Bytes of NARs that came from peers.";
-        by_network(
-            &mut all,
-            "received_bytes_total",
-            received,
-            Counter::ReceivedLan,
-            Counter::ReceivedWan,
-        );
-        by_network(
-            &mut all,
-            "sent_bytes_total",
-            "Bytes of NARs that went to peers.",
-            Counter::SentLan,
-            Counter::SentWan,
-        );
-        let one = |all: &mut MetricsText, name, help, count| {
-            all.one(name, "counter", help, Totals::get(totals, count) as f64)
-        };
-        one(
-            &mut all,
-            "received_nars_total",
-            "Whole NARs that came from peers.",
-            Counter::ReceivedNars,
-        );
-        one(&mut all, "failed_nars_total", "NARs that no peer could deliver.", Counter::FailedNars);
-        one(&mut all, "sent_nars_total", "NARs that went to peers.", Counter::SentNars);
-
-        all.metric("transfers", "gauge", "NARs under way.");
-        for direction in ["in", "out"] {
-            let running =
-                report.transfers.iter().filter(|transfer| transfer.direction == direction).count();
-            all.series("transfers", &[("direction", direction)], running as f64);
-        }
-        all.metric("peers", "gauge", "Peers that are known.");
-        for network in ["lan", "wan"] {
-            let known = report
-                .peers
-                .iter()
-                .filter(|peer| peer.network == network && peer.found_by != "request")
-                .count();
-            all.series("peers", &[("network", network)], known as f64);
-        }
-        lan_peers(&mut all, &report.peers);
-        let dropped = self.discovery.dropped() as f64;
-        all.one(
-            "lan_dropped_datagrams_total",
-            "counter",
-            "Datagrams not sent because a send buffer was full.",
-            dropped,
-        );
-        let avoided = report.peers.iter().filter(|peer| peer.avoided.is_some()).count();
-        all.one("peers_avoided", "gauge", "Peers that are avoided after failures.", avoided as f64);
-        if !report.trackers.is_empty() {
-            all.metric("tracker_reached", "gauge", "Whether a tracker answers.");
-            for tracker in &report.trackers {
-                let reached = f64::from(u8::from(tracker.reached == Some(true)));
-                all.series("tracker_reached", &[("tracker", &tracker.url)], reached);
-            }
-        }
+        node(&mut all, &report);
+        lookups(&mut all, &self.stats);
+        nars(&mut all, &report.totals.start.totals);
+        peers(&mut all, &report, self.discovery.dropped());
         self.peer_series(&mut all);
         all.0
     }
@@ -222,18 +137,98 @@ fn health_line(code: &str, file_line: Option<usize>, what: &str, is_this_machine
     }
 }
 
+/// Metrics of the node as a whole.
+fn node(all: &mut MetricsText, report: &StatusReport) {
+    let NodeReport { version, mode, started, .. } = report.node;
+    all.metric("build_info", "gauge", "The version, as a label.");
+    all.series("build_info", &[("version", version), ("mode", mode)], 1.0);
+    all.one("start_time_seconds", "gauge", "When it started, since 1970.", started);
+    let is_healthy = f64::from(u8::from(report.health.ok));
+    all.one("healthy", "gauge", "Whether /health says 200.", is_healthy);
+    let problems = report.health.problems.iter().map(|problem| (problem.code, 1.0));
+    all.by("code", ("problem", "gauge", "What is wrong, 1 for each."), problems);
+}
+
+/// Metrics of what the own Nix asks for.
+fn lookups(all: &mut MetricsText, stats: &Stats) {
+    let (lookups, transfers) = (&stats.lookups, &stats.transfers);
+    all.metric("lookup_seconds", "histogram", "Time of lookups for the own Nix.");
+    all.histogram("lookup_seconds", ("result", "hit"), &lookups.hit_time);
+    all.histogram("lookup_seconds", ("result", "miss"), &lookups.miss_time);
+    let misses = lookups.misses().map(|(code, count)| (code, count as f64));
+    let help = "Lookups that found nothing, by reason.";
+    all.by("reason", ("lookup_misses_total", "counter", help), misses);
+    let help = "Time from the own Nix's request for a NAR to its first piece.";
+    all.metric("first_byte_seconds", "histogram", help);
+    all.histogram("first_byte_seconds", ("network", "lan"), &transfers.first_byte_lan);
+    all.histogram("first_byte_seconds", ("network", "wan"), &transfers.first_byte_wan);
+}
+
+/// Totals of the NARs that came from peers and went to them.
+fn nars(all: &mut MetricsText, totals: &Totals) {
+    let get = |count| totals.get(count) as f64;
+    for (name, help, lan, wan) in [
+        (
+            "received_bytes_total",
+            "Bytes of NARs that came from peers.",
+            Counter::ReceivedLan,
+            Counter::ReceivedWan,
+        ),
+        (
+            "sent_bytes_total",
+            "Bytes of NARs that went to peers.",
+            Counter::SentLan,
+            Counter::SentWan,
+        ),
+    ] {
+        all.by("network", (name, "counter", help), [("lan", get(lan)), ("wan", get(wan))]);
+    }
+    for (name, help, count) in [
+        ("received_nars_total", "Whole NARs that came from peers.", Counter::ReceivedNars),
+        ("failed_nars_total", "NARs that no peer could deliver.", Counter::FailedNars),
+        ("sent_nars_total", "NARs that went to peers.", Counter::SentNars),
+    ] {
+        all.one(name, "counter", help, get(count));
+    }
+}
+
+/// Metrics of the running transfers, the peers and the trackers. `dropped` is the number of
+/// datagrams that were not sent.
+fn peers(all: &mut MetricsText, report: &StatusReport, dropped: u64) {
+    let running =
+        |way| report.transfers.iter().filter(|transfer| transfer.direction == way).count();
+    let transfers = ["in", "out"].map(|way| (way, running(way) as f64));
+    all.by("direction", ("transfers", "gauge", "NARs under way."), transfers);
+    let is_known = |peer: &&PeerReport| peer.found_by != "request";
+    let known = |network| {
+        report.peers.iter().filter(is_known).filter(|peer| peer.network == network).count()
+    };
+    let known = ["lan", "wan"].map(|network| (network, known(network) as f64));
+    all.by("network", ("peers", "gauge", "Peers that are known."), known);
+    lan_peers(all, &report.peers);
+    let help = "Datagrams not sent because a send buffer was full.";
+    all.one("lan_dropped_datagrams_total", "counter", help, dropped as f64);
+    let avoided = report.peers.iter().filter(|peer| peer.avoided.is_some()).count();
+    all.one("peers_avoided", "gauge", "Peers that are avoided after failures.", avoided as f64);
+    if !report.trackers.is_empty() {
+        let is_reached =
+            |tracker: &TrackerState| f64::from(u8::from(tracker.reached == Some(true)));
+        let trackers = report.trackers.iter().map(|tracker| (&*tracker.url, is_reached(tracker)));
+        all.by("tracker", ("tracker_reached", "gauge", "Whether a tracker answers."), trackers);
+    }
+}
+
 /// Counts the live and the silent LAN peers. A `--peer` that was never heard is not counted.
 fn lan_peers(all: &mut MetricsText, peers: &[PeerReport]) {
-    all.metric("lan_peers", "gauge", "Peers on the LAN that answer, and that were given up.");
-    for (label, state) in [("live", Liveness::Live), ("silent", Liveness::Silent)] {
-        let count = peers.iter().filter(|peer| peer.state == Some(state)).count();
-        all.series("lan_peers", &[("state", label)], count as f64);
-    }
+    let count = |state| peers.iter().filter(|peer| peer.state == Some(state)).count() as f64;
+    let counts = [("live", count(Liveness::Live)), ("silent", count(Liveness::Silent))];
+    let help = "Peers on the LAN that answer, and that were given up.";
+    all.by("state", ("lan_peers", "gauge", help), counts);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::empty;
+    use super::super::peers::empty;
     use super::*;
     use crate::stats::Network;
     use std::net::{Ipv4Addr, SocketAddr};

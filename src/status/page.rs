@@ -447,7 +447,7 @@ fn hours(hours: &[Hour], now: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::empty;
+    use super::super::peers::empty;
     use super::*;
     use crate::stats::Network;
     use std::net::{Ipv4Addr, SocketAddr};

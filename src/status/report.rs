@@ -8,7 +8,7 @@ use serde::Serialize;
 pub const VERSION: u32 = 1;
 
 /// A snapshot of the node. Moments are seconds since 1970, durations are seconds, sizes are bytes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct StatusReport {
     /// [`VERSION`].
     pub version: u32,
@@ -41,7 +41,7 @@ pub struct StatusReport {
 }
 
 /// This node.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct NodeReport {
     pub name: String,
@@ -63,7 +63,7 @@ pub struct NodeReport {
 }
 
 /// A trusted key.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct KeyReport {
     pub key: String,
@@ -71,7 +71,7 @@ pub struct KeyReport {
 }
 
 /// Health of the node.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct HealthReport {
     /// Whether no problem is serious.
     pub ok: bool,
@@ -140,7 +140,7 @@ pub enum Liveness {
 }
 
 /// A peer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct PeerReport {
     pub address: String,
@@ -208,7 +208,7 @@ pub struct TransferReport {
 }
 
 /// Totals since the start, and since the first start with this state directory.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct AllTotals {
     pub start: TotalsSince,
@@ -216,7 +216,7 @@ pub struct AllTotals {
 }
 
 /// Totals since a moment.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct TotalsSince {
     pub since: f64,
@@ -226,7 +226,7 @@ pub struct TotalsSince {
 }
 
 /// Hourly totals.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct History {
     pub hour_seconds: u64,
