@@ -9,6 +9,7 @@ mod doctor;
 mod identity;
 mod listener;
 mod nix;
+mod nix_cache;
 mod peers;
 mod probe;
 mod program;

@@ -1,5 +1,5 @@
-//! Nix's settings and binary-cache cache, read by running Nix and from its SQLite files, and
-//! remedies that change them. Only commands use this module, never the daemon.
+//! Nix's settings, which Nix prints, and remedies that change them. Only commands use this module,
+//! never the daemon.
 
 use super::program::{ProgramError, run};
 use super::shell::quote;
@@ -10,22 +10,22 @@ use rusqlite::{Connection, OpenFlags};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
-/// Installation paths of `nix`, tried if the program in `PATH` fails.
-const NIX_PROGRAMS: [&str; 2] =
-    ["/run/current-system/sw/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
+/// Returns the program `name` of Nix in `PATH`, and its installation paths, which are tried if that
+/// fails.
+fn programs(name: &str) -> [String; 3] {
+    let dirs = ["", "/run/current-system/sw/bin/", "/nix/var/nix/profiles/default/bin/"];
+    dirs.map(|dir| format!("{dir}{name}"))
+}
 
 /// Maximum number of signatures that are verified per path; the rest is ignored. Real paths have
 /// one to three.
 const MAX_SIGNATURES: usize = 16;
 
-/// First half of hash parts that no store path has, used with [`make_nix_query`]. [`misses`] leaves
-/// them out of the misses that Nix caches.
+/// First half of hash parts that no store path has, used with [`make_nix_query`].
+/// [`misses`](super::nix_cache::misses) leaves them out of the misses that Nix caches.
 pub const MISSING_HASH_PREFIX: &str = "0000000000000000";
-
-/// Maximum number of misses that are read from each file, the latest first.
-const MAX_MISSES: usize = 16;
 
 /// Effective settings of Nix.
 pub struct NixSettings {
@@ -63,11 +63,11 @@ impl NixSettings {
 
     fn show(environment: &[(String, String)]) -> Result<HashMap<String, String>, String> {
         let mut why = String::new();
-        for program in ["nix"].iter().chain(&NIX_PROGRAMS) {
+        for program in programs("nix") {
             // Nix 2.20 renamed `nix show-config` to `nix config show`.
             for words in [&["config", "show"][..], &["show-config"]] {
                 let nix_command = ["--extra-experimental-features", "nix-command"];
-                match run(program, &[&nix_command, words].concat(), environment) {
+                match run(&program, &[&nix_command, words].concat(), environment) {
                     Ok(printed) => {
                         let lines = printed.lines().filter_map(|line| line.split_once(" = "));
                         return Ok(lines.map(|(key, value)| (key.into(), value.into())).collect());
@@ -206,14 +206,9 @@ pub struct NixDaemon {
 }
 
 impl NixDaemon {
-    /// Finds the running nix-daemon in `/proc`.
+    /// Finds the running nix-daemon.
     fn find() -> Option<NixDaemon> {
-        let processes = fs::read_dir("/proc").ok()?.flatten().map(|process| process.path());
-        let mut all: Vec<(u64, PathBuf)> =
-            processes.filter_map(|dir| Some((started_as(&dir, "nix-daemon")?, dir))).collect();
-        // The oldest process is the daemon; it forks one for each connection.
-        all.sort();
-        let (_, dir) = all.into_iter().next()?;
+        let (_, dir) = oldest_nix_daemon()?;
         let environ = fs::read(dir.join("environ")).ok();
         let variables = environ.map(|bytes| {
             let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -275,97 +270,16 @@ pub fn make_nix_query(path: &str, settings: &NixSettings) -> Result<(), ProgramE
         Some(_) => environment.push(("NIX_REMOTE".to_owned(), "daemon".to_owned())),
         None => environment.clear(),
     }
-    let query = |program: &str| match run(program, &["--realise", "--dry-run", path], &environment)
-    {
-        // Nix fails after it has asked, because the path does not exist.
-        Ok(_) | Err(ProgramError::Failed(_)) => Ok(()),
-        Err(e) => Err(e),
-    };
-    let mut result = query("nix-store");
-    for program in
-        ["/run/current-system/sw/bin/nix-store", "/nix/var/nix/profiles/default/bin/nix-store"]
-    {
-        if matches!(result, Err(ProgramError::NotStarted(_))) {
-            result = query(program);
-        }
+    let mut result = Ok(());
+    for program in programs("nix-store") {
+        result = match run(&program, &["--realise", "--dry-run", path], &environment) {
+            Err(e @ ProgramError::NotStarted(_)) => Err(e),
+            // Nix fails after it has asked, because the path does not exist.
+            Ok(_) | Err(ProgramError::Failed(_)) => return Ok(()),
+            Err(e) => return Err(e),
+        };
     }
     result
-}
-
-/// A path that Nix has cached as missing from a substituter.
-pub struct CachedMiss {
-    /// Hash part of the path.
-    pub hash_part: String,
-    /// Time since Nix asked the substituter.
-    pub age: Duration,
-    /// Time until Nix asks again.
-    pub left: Duration,
-    /// Cache file that contains the entry.
-    pub file: PathBuf,
-}
-
-/// Misses of the substituter `url` that Nix still believes: of one path, or the latest ones. Reads
-/// the caches of this user and of root, whose nix-daemon asks for other users. Skips files that
-/// this user cannot read.
-pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec<CachedMiss> {
-    let believed: u64 = settings.get("narinfo-cache-negative-ttl").parse().unwrap_or(3600);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let mut misses = Vec::new();
-    for file in binary_cache_files() {
-        let url = Substituter::parse(url).url;
-        let rows = read(&file, url, hash_part, now.saturating_sub(believed)).unwrap_or_default();
-        misses.extend(rows.into_iter().map(|(hash_part, at)| {
-            let age = now.saturating_sub(at);
-            let left = Duration::from_secs(believed.saturating_sub(age));
-            CachedMiss { hash_part, age: Duration::from_secs(age), left, file: file.clone() }
-        }));
-    }
-    misses
-}
-
-/// Nix's binary-cache cache files: of this user, and of root, whose nix-daemon asks for other
-/// users.
-fn binary_cache_files() -> Vec<PathBuf> {
-    let home = |home: PathBuf| home.join(".cache");
-    let user = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let user = user.or_else(|| std::env::var_os("HOME").map(|dir| home(dir.into())));
-    let mut caches: Vec<PathBuf> = user.into_iter().chain([home("/root".into())]).collect();
-    caches.dedup();
-    caches.iter().flat_map(|dir| databases(&dir.join("nix"))).collect()
-}
-
-fn open_memory(file: &Path) -> rusqlite::Result<Connection> {
-    let connection = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    connection.busy_timeout(Duration::from_secs(1))?;
-    Ok(connection)
-}
-
-fn databases(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let is_it = |path: &PathBuf| {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with("binary-cache-v") && name.ends_with(".sqlite")
-    };
-    entries.filter(is_it).collect()
-}
-
-fn read(
-    file: &Path,
-    url: &str,
-    hash_part: Option<&str>,
-    since: u64,
-) -> rusqlite::Result<Vec<(String, u64)>> {
-    let connection = open_memory(file)?;
-    let mut statement = connection.prepare(
-        "select hashPart, NARs.timestamp from NARs join BinaryCaches on BinaryCaches.id = NARs.cache \
-         where rtrim(BinaryCaches.url, '/') = ?1 and present = 0 and NARs.timestamp > ?2 \
-         and (?3 is null or hashPart = ?3) and hashPart not like '0000000000000000%' order by NARs.timestamp desc limit ?4",
-    )?;
-    let since = i64::try_from(since).unwrap_or(i64::MAX);
-    let rows = statement.query_map((url, since, hash_part, MAX_MISSES as i64), |row| {
-        Ok((row.get(0)?, row.get::<_, i64>(1)?.max(0) as u64))
-    })?;
-    rows.collect()
 }
 
 /// Position of a substituter in the order in which Nix asks.
@@ -473,12 +387,15 @@ pub fn outdated() -> Option<u64> {
     let written = written.duration_since(UNIX_EPOCH).ok()?.as_secs();
     let stat = fs::read_to_string("/proc/stat").ok()?;
     let booted: u64 = stat.lines().find_map(|line| line.strip_prefix("btime ")?.parse().ok())?;
-    let started = fs::read_dir("/proc")
-        .ok()?
-        .flatten()
-        .filter_map(|process| Some(booted + started_as(&process.path(), "nix-daemon")? / TICKS));
-    // The oldest process is the daemon; it forks one for each connection.
-    written.checked_sub(started.min()?).filter(|after| *after > 2)
+    let (started, _) = oldest_nix_daemon()?;
+    written.checked_sub(booted + started / TICKS).filter(|after| *after > 2)
+}
+
+/// Start time of the running nix-daemon in ticks since boot, and its directory in `/proc`. Its oldest
+/// process is the daemon; it forks one for each connection.
+fn oldest_nix_daemon() -> Option<(u64, PathBuf)> {
+    let processes = fs::read_dir("/proc").ok()?.flatten().map(|process| process.path());
+    processes.filter_map(|dir| Some((started_as(&dir, "nix-daemon")?, dir))).min()
 }
 
 /// Start time of the process with the directory `process` in `/proc`, in ticks since boot. `None`
@@ -536,40 +453,6 @@ pub fn no_proxy(settings: &NixSettings) -> String {
             )
         }
     }
-}
-
-/// A narinfo that Nix has cached from a substituter.
-pub struct CachedNarinfo {
-    /// NAR hash in the format of narinfos.
-    pub nar_hash: String,
-    /// Time until Nix asks again.
-    pub left: Duration,
-    /// Cache file that contains the entry.
-    pub file: PathBuf,
-}
-
-/// Narinfos of a path from the substituter `url` that Nix still believes. Reads the caches of this
-/// user and of root. Skips files that this user cannot read.
-pub fn cached_narinfos(settings: &NixSettings, url: &str, hash_part: &str) -> Vec<CachedNarinfo> {
-    let believed: u64 = settings.get("narinfo-cache-positive-ttl").parse().unwrap_or(30 * 86400);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let mut all = Vec::new();
-    for file in binary_cache_files() {
-        let since = i64::try_from(now.saturating_sub(believed)).unwrap_or(i64::MAX);
-        let row = open_memory(&file).and_then(|connection| {
-            connection.query_row(
-                "select narHash, NARs.timestamp from NARs join BinaryCaches on BinaryCaches.id = NARs.cache \
-                 where rtrim(BinaryCaches.url, '/') = ?1 and hashPart = ?2 and present = 1 and NARs.timestamp > ?3",
-                (Substituter::parse(url).url, hash_part, since),
-                |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?.max(0) as u64)),
-            )
-        });
-        if let Ok((nar_hash, at)) = row {
-            let left = Duration::from_secs(believed.saturating_sub(now.saturating_sub(at)));
-            all.push(CachedNarinfo { nar_hash, left, file });
-        }
-    }
-    all
 }
 
 /// Derivation in this machine's store that produces `path` and disables `allowSubstitutes`. Looks

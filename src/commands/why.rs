@@ -3,6 +3,7 @@
 //! peerix.
 
 use super::nix::{self, NixSettings, trusted_by};
+use super::nix_cache;
 use super::probe::{self, ProbeOffer};
 use super::report::Findings;
 use super::{EXIT_USAGE, RunningDaemon, get, list, liveness, long, moment, peer_at, text};
@@ -342,7 +343,7 @@ fn check_substituter(
         report.fail("substituter", text.into(), nix::substitute(node.config.port));
         return false;
     };
-    let misses = nix::misses(settings, url, Some(hash_part.as_str()));
+    let misses = nix_cache::misses(settings, url, Some(hash_part.as_str()));
     for miss in &misses {
         let (ago, left) = (miss.age.as_secs(), miss.left.as_secs());
         let text = format!(
@@ -374,14 +375,13 @@ fn check_cached_narinfo(
     let known: Vec<String> =
         infos.iter().map(|info| format!("sha256:{}", info.nar_hash.to_nix32())).collect();
     let mut is_right = true;
-    for remembered in nix::cached_narinfos(settings, url, first.path.hash_part().as_str()) {
-        if known.contains(&remembered.nar_hash) {
+    for remembered in nix_cache::narinfos(settings, url, first.path.hash_part().as_str()) {
+        let Some(nar_hash) = remembered.nar_hash.filter(|hash| !known.contains(hash)) else {
             continue;
-        }
+        };
         is_right = false;
         let text = format!(
-            "Nix remembers it with the NAR hash {}, which no peer has, and believes that for another {} ({})",
-            remembered.nar_hash,
+            "Nix remembers it with the NAR hash {nar_hash}, which no peer has, and believes that for another {} ({})",
             long(remembered.left.as_secs_f64()),
             remembered.file.display()
         );

@@ -3,7 +3,7 @@
 
 use crate::commands::nix::{self, NixSettings};
 use crate::commands::report::Findings;
-use crate::commands::{RunningDaemon, get, list, probe, text};
+use crate::commands::{RunningDaemon, get, list, nix_cache, probe, text};
 use crate::nix::{HashPart, NarInfo};
 
 /// Number of recent lookups, and of cached misses, that are checked with the peers.
@@ -53,7 +53,7 @@ pub(super) fn check_cached_misses(
     settings: &NixSettings,
 ) {
     let urls = settings.peerix(node.config.port);
-    let misses = urls.iter().flat_map(|url| nix::misses(settings, url, None));
+    let misses = urls.iter().flat_map(|url| nix_cache::misses(settings, url, None));
     let misses: Vec<_> = misses.take(SAMPLES).collect();
     let found = probe::at_once(&misses, |miss| {
         let part = HashPart::parse(miss.hash_part.as_bytes()).ok()?;
