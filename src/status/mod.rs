@@ -87,7 +87,6 @@ impl StatusService {
     fn whole(&self) -> StatusReport {
         // `why` and `doctor` judge by these keys what the user has just changed in nix.conf.
         self.trusted.refresh(&self.degraded);
-        let keys = self.trusted.keys();
         let now = ClockReading::get();
         let neighbours = self.discovery.neighbours(DISCOVERY_TIMEOUT);
         let discovery_answers = neighbours.is_some();
@@ -99,25 +98,7 @@ impl StatusService {
         StatusReport {
             version: VERSION,
             time: now.unix(),
-            node: NodeReport {
-                state_dir: self.stats.state_dir().map(|dir| dir.display().to_string()),
-                peer_id: self
-                    .trackers
-                    .iter()
-                    .flat_map(|t| t.all())
-                    .next()
-                    .map(|tracker| tracker.peer_id().to_owned()),
-                signs: self.signs(),
-                trusted_keys: keys
-                    .iter()
-                    .flatten()
-                    .map(|known| known.key.name().to_owned())
-                    .collect(),
-                public_keys: keys.map(|keys| keys.iter().map(key_report).collect()),
-                started,
-                uptime_seconds: seconds(self.stats.age()),
-                ..self.facts.report.clone()
-            },
+            node: self.node(started),
             health: self.checked(discovery_answers),
             networks: self.networks(),
             trackers: self.tracker_states(),
@@ -149,6 +130,23 @@ impl StatusService {
                     .map(|(since, ever)| totals(since as f64, ever)),
             },
             history: History { hour_seconds: HOUR, hours: self.stats.hours() },
+        }
+    }
+
+    /// The report on this node, which has run since `started`, in seconds since 1970.
+    fn node(&self, started: f64) -> NodeReport {
+        let keys = self.trusted.keys();
+        let tracker = self.trackers.iter().flat_map(|trackers| trackers.all()).next();
+        let names = keys.iter().flatten().map(|known| known.key.name().to_owned());
+        NodeReport {
+            state_dir: self.stats.state_dir().map(|dir| dir.display().to_string()),
+            peer_id: tracker.map(|tracker| tracker.peer_id().to_owned()),
+            signs: self.signs(),
+            trusted_keys: names.collect(),
+            public_keys: keys.as_ref().map(|keys| keys.iter().map(key_report).collect()),
+            started,
+            uptime_seconds: seconds(self.stats.age()),
+            ..self.facts.report.clone()
         }
     }
 

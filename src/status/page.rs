@@ -5,14 +5,14 @@
 //! is escaped by [`escape`].
 
 use super::report::{
-    FriendReport, Liveness, LookupReport, PeerReport, StatusReport, TotalsSince, TransferReport,
+    FriendReport, Liveness, LookupReport, NodeReport, PeerReport, StatusReport, TotalsSince,
+    TransferReport,
 };
 use super::text::{bytes, escape, found_by, long, moment, percent, plural, short};
 use crate::stats::{Counter, HOUR, Hour};
 use data_encoding::BASE64;
 use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
-use std::fmt::Write;
 use std::sync::OnceLock;
 
 const STYLE: &str = include_str!("page.css");
@@ -54,13 +54,21 @@ pub fn page(report: &StatusReport) -> StatusPage {
 }
 
 fn html(r: &StatusReport) -> String {
-    let name = escape(&r.node.name);
-    let now = r.time;
+    [head(r), tiles(r), node(r), under_way(r), peers(r), history(r), lookups(r)].concat()
+        + &format!(
+            r##"</main>
+<footer><p>For programs: <a href="status.json">status.json</a>, <a href="metrics">metrics</a>, <a href="health">health</a>. <noscript>Without scripts this page stays as it is: reload it for later news.</noscript></p></footer>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"##
+        )
+}
+
+fn head(r: &StatusReport) -> String {
+    let (name, asof, problems) = (escape(&r.node.name), moment(r.time, r.time), problems(r));
     let (health, good) = health(r);
-    let since = r.totals.installation.as_ref().unwrap_or(&r.totals.start);
-    let mut h = String::with_capacity(64 * 1024);
-    let _ = write!(
-        h,
+    format!(
         r##"<!doctype html>
 <html lang="en">
 <head>
@@ -80,13 +88,41 @@ fn html(r: &StatusReport) -> String {
 </header>
 <main id="main">
 <ul id="problems" class="notes">{problems}</ul>
-<section class="tiles" aria-labelledby="h-tiles"><h2 id="h-tiles">Since {which}, <span id="since">{since_when}</span></h2>
+"##
+    )
+}
+
+fn tiles(r: &StatusReport) -> String {
+    let (which, since) = match &r.totals.installation {
+        Some(since) => ("installation", since),
+        None => ("the start", &r.totals.start),
+    };
+    let totals = &since.totals;
+    let found = totals.get(Counter::Hits);
+    format!(
+        r##"<section class="tiles" aria-labelledby="h-tiles"><h2 id="h-tiles">Since {which}, <span id="since">{since_when}</span></h2>
 <div class="tile"><span>From peers</span><b id="t-received">{t_received}</b><span id="t-received-of">{t_received_of}</span></div>
 <div class="tile"><span>Paths found at peers</span><b id="t-found">{t_found}</b><span id="t-found-of">{t_found_of}</span></div>
 <div class="tile"><span>Downloads saved</span><b id="t-saved">{t_saved}</b><span>estimated, at 50 Mbit/s</span></div>
 <div class="tile"><span>To peers</span><b id="t-sent">{t_sent}</b><span id="t-sent-of">{t_sent_of}</span></div>
 </section>
-<section aria-labelledby="h-node"><h2 id="h-node">This node</h2>
+"##,
+        since_when = moment(since.since, r.time),
+        t_received = bytes(totals.received()),
+        t_received_of = received_of(since),
+        t_found = percent(found, asked(since)),
+        t_found_of = format_args!("{found} of {}", plural(asked(since), "lookup")),
+        t_saved = long(since.upstream_seconds),
+        t_sent = bytes(totals.sent()),
+        t_sent_of = plural(totals.get(Counter::SentNars), "NAR"),
+    )
+}
+
+fn node(r: &StatusReport) -> String {
+    let NodeReport { version, mode, port, .. } = r.node;
+    let last_asked = r.lookups.first().map(|lookup| format!("{} ago", long(r.time - lookup.time)));
+    format!(
+        r##"<section aria-labelledby="h-node"><h2 id="h-node">This node</h2>
 <p>{shares}</p>
 <div class="pair"><dl>
 <dt>Version</dt><dd>{version}</dd>
@@ -100,69 +136,68 @@ fn html(r: &StatusReport) -> String {
 <dt>Signs</dt><dd>{signs}</dd>
 </dl></div>
 </section>
-<section aria-labelledby="h-transfers"><h2 id="h-transfers">Under way</h2><div id="transfers">{transfers}</div></section>
-<section aria-labelledby="h-peers"><h2 id="h-peers">Peers</h2>
-<p id="no-peers" class="none"{hide_no_peers}>No peer is known yet. Other machines that run peerix on the same network are found within seconds, if UDP and TCP port {port} are open on both.</p>
-<table class="cards" role="table" aria-labelledby="h-peers"{hide_peers} id="peers-table"><thead role="rowgroup"><tr role="row">{peer_heads}</tr></thead><tbody role="rowgroup" id="peers">{peers}</tbody></table>
-<p id="omitted" class="soft">{omitted}</p>
-</section>
-<section aria-labelledby="h-hours"><h2 id="h-hours">The last 48 hours</h2><figure id="hours">{hours}</figure></section>
-<section aria-labelledby="h-totals"><h2 id="h-totals">Totals</h2>
-<table aria-labelledby="h-totals"><thead><tr><th scope="col">What</th><th scope="col" class="n">Since the start</th><th scope="col" class="n">Since installation</th></tr></thead><tbody id="totals">{totals}</tbody></table>
-</section>
-<section aria-labelledby="h-lookups"><h2 id="h-lookups">Last lookups of this machine’s Nix</h2>
-<p id="no-lookups" class="none"{hide_no_lookups}>Nix has not asked yet. Is <code>http://127.0.0.1:{port}</code> among its substituters?</p>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="h-lookups"{hide_lookups} id="lookups-table"><table class="cards" role="table" aria-labelledby="h-lookups"><thead role="rowgroup"><tr role="row">{lookup_heads}</tr></thead><tbody role="rowgroup" id="lookups">{lookups}</tbody></table></div>
-</section>
-</main>
-<footer><p>For programs: <a href="status.json">status.json</a>, <a href="metrics">metrics</a>, <a href="health">health</a>. <noscript>Without scripts this page stays as it is: reload it for later news.</noscript></p></footer>
-<script>{SCRIPT}</script>
-</body>
-</html>
 "##,
-        asof = moment(now, now),
-        problems = problems(r),
-        which = if r.totals.installation.is_some() { "installation" } else { "the start" },
-        since_when = moment(since.since, now),
-        t_received = bytes(since.totals.received()),
-        t_received_of = received_of(since),
-        t_found = percent(since.totals.get(Counter::Hits), asked(since)),
-        t_found_of = format_args!(
-            "{} of {}",
-            since.totals.get(Counter::Hits),
-            plural(asked(since), "lookup")
-        ),
-        t_saved = long(since.upstream_seconds),
-        t_sent = bytes(since.totals.sent()),
-        t_sent_of = plural(since.totals.get(Counter::SentNars), "NAR"),
         shares = escape(&r.node.shares),
-        version = r.node.version,
-        mode = r.node.mode,
-        port = r.node.port,
         uptime = long(r.node.uptime_seconds),
-        last_asked =
-            r.lookups.first().map_or("never".into(), |l| format!("{} ago", long(now - l.time))),
+        last_asked = last_asked.unwrap_or_else(|| "never".into()),
         networks = networks(r),
         trackers = trackers(r),
         friends = friends(r),
         signs = if r.node.signs { "what it serves of the own store" } else { "nothing" },
-        transfers = transfers(&r.transfers),
+    )
+}
+
+fn under_way(r: &StatusReport) -> String {
+    let transfers = transfers(&r.transfers);
+    format!(
+        r##"<section aria-labelledby="h-transfers"><h2 id="h-transfers">Under way</h2><div id="transfers">{transfers}</div></section>
+"##
+    )
+}
+
+fn peers(r: &StatusReport) -> String {
+    let columns =
+        ["Peer", "Found by", "State", "Round trip", "Gave", "From it", "To it", "Avoided"];
+    format!(
+        r##"<section aria-labelledby="h-peers"><h2 id="h-peers">Peers</h2>
+<p id="no-peers" class="none"{hide_no_peers}>No peer is known yet. Other machines that run peerix on the same network are found within seconds, if UDP and TCP port {port} are open on both.</p>
+<table class="cards" role="table" aria-labelledby="h-peers"{hide_peers} id="peers-table"><thead role="rowgroup"><tr role="row">{peer_heads}</tr></thead><tbody role="rowgroup" id="peers">{peers}</tbody></table>
+<p id="omitted" class="soft">{omitted}</p>
+</section>
+"##,
+        port = r.node.port,
         hide_no_peers = hidden(!r.peers.is_empty()),
         hide_peers = hidden(r.peers.is_empty()),
-        peer_heads = heads(
-            &["Peer", "Found by", "State", "Round trip", "Gave", "From it", "To it", "Avoided"],
-            5..7
-        ),
-        peers = r.peers.iter().map(|peer| self::peer(peer, now)).collect::<String>(),
+        peer_heads = heads(&columns, 5..7),
+        peers = r.peers.iter().map(|peer| self::peer(peer, r.time)).collect::<String>(),
         omitted = omitted(r.peers_omitted),
-        hours = hours(&r.history.hours, now),
-        totals = totals(r),
+    )
+}
+
+fn history(r: &StatusReport) -> String {
+    let (hours, totals) = (hours(&r.history.hours, r.time), totals(r));
+    format!(
+        r##"<section aria-labelledby="h-hours"><h2 id="h-hours">The last 48 hours</h2><figure id="hours">{hours}</figure></section>
+<section aria-labelledby="h-totals"><h2 id="h-totals">Totals</h2>
+<table aria-labelledby="h-totals"><thead><tr><th scope="col">What</th><th scope="col" class="n">Since the start</th><th scope="col" class="n">Since installation</th></tr></thead><tbody id="totals">{totals}</tbody></table>
+</section>
+"##
+    )
+}
+
+fn lookups(r: &StatusReport) -> String {
+    format!(
+        r##"<section aria-labelledby="h-lookups"><h2 id="h-lookups">Last lookups of this machine’s Nix</h2>
+<p id="no-lookups" class="none"{hide_no_lookups}>Nix has not asked yet. Is <code>http://127.0.0.1:{port}</code> among its substituters?</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="h-lookups"{hide_lookups} id="lookups-table"><table class="cards" role="table" aria-labelledby="h-lookups"><thead role="rowgroup"><tr role="row">{lookup_heads}</tr></thead><tbody role="rowgroup" id="lookups">{lookups}</tbody></table></div>
+</section>
+"##,
+        port = r.node.port,
         hide_no_lookups = hidden(!r.lookups.is_empty()),
         hide_lookups = hidden(r.lookups.is_empty()),
         lookup_heads = heads(&["Path", "At", "Result", "Took"], 3..4),
-        lookups = r.lookups.iter().map(|lookup| self::lookup(lookup, now)).collect::<String>(),
-    );
-    h
+        lookups = r.lookups.iter().map(|lookup| self::lookup(lookup, r.time)).collect::<String>(),
+    )
 }
 
 fn hidden(yes: bool) -> &'static str {
@@ -391,57 +426,56 @@ fn hours(hours: &[Hour], now: f64) -> String {
     let (up, down) = (max(|hour| hour.totals.received()), max(|hour| hour.totals.sent()));
     // Received and sent bytes have the same scale, the largest at which both fit.
     let scale = (CHART_UP / up.max(1) as f64).min(CHART_DOWN / down.max(1) as f64);
-    let height = |bytes: u64| if bytes == 0 { 0.0 } else { (bytes as f64 * scale).max(1.0) };
-    let mut bars = String::new();
-    let mut rows = String::new();
-    for (at, hour) in &shown {
-        let (lan, wan) =
-            (hour.totals.get(Counter::ReceivedLan), hour.totals.get(Counter::ReceivedWan));
-        let sent = hour.totals.sent();
-        let x = at * 10 + 1;
-        let mut y = CHART_UP;
-        for (class, bytes) in [("lan", lan), ("wan", wan)] {
-            let tall = height(bytes);
-            y -= tall;
-            let _ = write!(
-                bars,
-                "<rect class=\"{class}\" x=\"{x}\" y=\"{y:.1}\" width=\"8\" height=\"{tall:.1}\"/>"
-            );
-        }
-        let tall = height(sent);
-        let _ = write!(
-            bars,
-            "<rect class=\"sent\" x=\"{x}\" y=\"{CHART_UP}\" width=\"8\" height=\"{tall:.1}\"/>"
-        );
-        let hits = hour.totals.get(Counter::Hits);
-        let lookups = hits.saturating_add(hour.totals.get(Counter::Misses));
-        let cells = [bytes(lan), bytes(wan), bytes(sent), format!("{hits} of {lookups}")];
-        let cells: String =
-            cells.iter().map(|cell| format!("<td class=\"n\">{cell}</td>")).collect();
-        let _ = write!(
-            rows,
-            "<tr><th scope=\"row\">{}</th>{cells}</tr>",
-            moment(hour.start as f64, now)
-        );
-    }
+    let bars: String = shown.iter().map(|(at, hour)| bars(at * 10 + 1, hour, scale)).collect();
     let tall = CHART_UP + CHART_DOWN;
     let label = format!("Most in an hour: {} from peers, {} to peers.", bytes(up), bytes(down));
-    let table = if rows.is_empty() {
-        "<p class=\"none\">Nothing happened in these hours.</p>".into()
-    } else {
-        format!(
-            "<details><summary>The same as a table</summary><table><thead><tr><th scope=\"col\">From</th>\
-             <th scope=\"col\" class=\"n\">LAN</th><th scope=\"col\" class=\"n\">WAN</th>\
-             <th scope=\"col\" class=\"n\">Sent</th><th scope=\"col\" class=\"n\">Found</th></tr></thead>\
-             <tbody>{rows}</tbody></table></details>"
-        )
-    };
+    let table = hour_table(&shown, now);
     format!(
         "<figcaption><span class=\"lan\"><i></i>from LAN</span><span class=\"wan\"><i></i>from WAN</span>\
          <span class=\"sent\"><i></i>to peers</span><span class=\"soft\">{label}</span></figcaption>\
          <svg viewBox=\"0 0 {CHART_WIDTH} {tall}\" preserveAspectRatio=\"none\" role=\"img\" aria-label=\"{label}\">{bars}\
          <line class=\"axis\" x1=\"0\" x2=\"{CHART_WIDTH}\" y1=\"{CHART_UP}\" y2=\"{CHART_UP}\"/></svg>\
          <div class=\"ends\"><span>48 h ago</span><span>24 h ago</span><span>now</span></div>{table}"
+    )
+}
+
+/// The bars of an hour at `x`: what was received above the axis, what was sent below it.
+fn bars(x: u64, hour: &Hour, scale: f64) -> String {
+    let height = |bytes: u64| if bytes == 0 { 0.0 } else { (bytes as f64 * scale).max(1.0) };
+    let lan = height(hour.totals.get(Counter::ReceivedLan));
+    let wan = height(hour.totals.get(Counter::ReceivedWan));
+    let (lan_top, wan_top) = (CHART_UP - lan, CHART_UP - lan - wan);
+    let sent = height(hour.totals.sent());
+    format!(
+        "<rect class=\"lan\" x=\"{x}\" y=\"{lan_top:.1}\" width=\"8\" height=\"{lan:.1}\"/>\
+         <rect class=\"wan\" x=\"{x}\" y=\"{wan_top:.1}\" width=\"8\" height=\"{wan:.1}\"/>\
+         <rect class=\"sent\" x=\"{x}\" y=\"{CHART_UP}\" width=\"8\" height=\"{sent:.1}\"/>"
+    )
+}
+
+/// The same data as a table, to be unfolded.
+fn hour_table(shown: &[(u64, &Hour)], now: f64) -> String {
+    if shown.is_empty() {
+        return "<p class=\"none\">Nothing happened in these hours.</p>".into();
+    }
+    let row = |(_, hour): &(u64, &Hour)| {
+        let get = |count| hour.totals.get(count);
+        let hits = get(Counter::Hits);
+        let cells = [
+            bytes(get(Counter::ReceivedLan)),
+            bytes(get(Counter::ReceivedWan)),
+            bytes(hour.totals.sent()),
+            format!("{hits} of {}", hits.saturating_add(get(Counter::Misses))),
+        ];
+        let cells = cells.map(|cell| format!("<td class=\"n\">{cell}</td>")).concat();
+        format!("<tr><th scope=\"row\">{}</th>{cells}</tr>", moment(hour.start as f64, now))
+    };
+    let rows: String = shown.iter().map(row).collect();
+    format!(
+        "<details><summary>The same as a table</summary><table><thead><tr><th scope=\"col\">From</th>\
+         <th scope=\"col\" class=\"n\">LAN</th><th scope=\"col\" class=\"n\">WAN</th>\
+         <th scope=\"col\" class=\"n\">Sent</th><th scope=\"col\" class=\"n\">Found</th></tr></thead>\
+         <tbody>{rows}</tbody></table></details>"
     )
 }
 
