@@ -263,7 +263,7 @@ fn cache_handler(
                 upstream,
                 spools,
             ),
-            signer: node.own_key.signer.clone(),
+            signer: node.signer.clone(),
             stream_limits: StreamLimits::new(upload_limit.as_ref()),
             crowds: Crowds::default(),
             stats,

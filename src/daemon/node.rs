@@ -17,7 +17,7 @@ use crate::stats::Stats;
 use crate::status::PRIVATE_KEY;
 use crate::store::Store;
 use crate::wire::tracker::Identity;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 /// Problem code of an unusable identity.
@@ -34,7 +34,8 @@ pub(super) struct Node {
     pub(super) access: Arc<AccessPolicy>,
     /// What the node runs without.
     pub(super) degraded: Arc<Degraded>,
-    pub(super) own_key: LateSigningKey,
+    /// Signs with the secret key of `--private-key`, which may become readable after the start.
+    pub(super) signer: Arc<OnceLock<Signer>>,
     /// `None` if the node needs no identity, or if it cannot be loaded.
     pub(super) identity: Option<Arc<Identity>>,
 }
@@ -51,12 +52,31 @@ impl Node {
         if config.mode.has_lan() {
             log_networks(&networks.current());
         }
-        let access = Arc::new(AccessPolicy::new(networks.clone(), &config));
-        let degraded = Arc::new(Degraded::default());
-        let own_key = LateSigningKey::new(&config, &access, &degraded);
-        let identity = find_identity(&config, &degraded);
-        let stats = Arc::new(stats);
-        Node { config, port, networks, store, stats, access, degraded, own_key, identity }
+        let mut node = Node {
+            access: Arc::new(AccessPolicy::new(networks.clone(), &config)),
+            config,
+            port,
+            networks,
+            store,
+            stats: Arc::new(stats),
+            degraded: Arc::default(),
+            signer: Arc::default(),
+            identity: None,
+        };
+        node.read_own_key();
+        node.identity = find_identity(&node.config, &node.degraded);
+        node
+    }
+
+    /// Reads the secret key of `--private-key` if it has not been read yet. Returns true if this
+    /// call read it. Blocks on the disk.
+    pub(super) fn read_own_key(&self) -> bool {
+        let file = self.config.private_key.as_deref().filter(|_| self.signer.get().is_none());
+        let key = file.and_then(|file| self.degraded.note(PRIVATE_KEY, read_key(file)));
+        let Some(key) = key else { return false };
+        self.signer.get_or_init(|| signer(key));
+        self.access.set_has_key();
+        true
     }
 
     /// Tries to load an identity that could not be loaded at the start. Returns true if that works
@@ -95,38 +115,6 @@ impl PeerRequests {
             health: Arc::default(),
             paces: Arc::default(),
         }
-    }
-}
-
-/// The secret key of `--private-key`, which may become readable after the start.
-pub(super) struct LateSigningKey {
-    file: Option<PathBuf>,
-    pub(super) signer: Arc<OnceLock<Signer>>,
-    access: Arc<AccessPolicy>,
-}
-
-impl LateSigningKey {
-    /// Tries to read the key. Blocks on the disk.
-    fn new(config: &Config, access: &Arc<AccessPolicy>, degraded: &Degraded) -> LateSigningKey {
-        let key = LateSigningKey {
-            file: config.private_key.clone(),
-            signer: Arc::default(),
-            access: access.clone(),
-        };
-        key.read(degraded);
-        key
-    }
-
-    /// Reads the key if it has not been read yet. Returns true if this call read it. Blocks on the
-    /// disk.
-    pub(super) fn read(&self, degraded: &Degraded) -> bool {
-        let Some(file) = self.file.as_deref().filter(|_| self.signer.get().is_none()) else {
-            return false;
-        };
-        let Some(key) = degraded.note(PRIVATE_KEY, read_key(file)) else { return false };
-        self.signer.get_or_init(|| signer(key));
-        self.access.set_has_key();
-        true
     }
 }
 

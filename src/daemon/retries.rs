@@ -81,8 +81,7 @@ impl RetryThread {
             while stopped.recv_timeout(RETRY_INTERVAL.get()) == Err(RecvTimeoutError::Timeout) {
                 // The published filter lacks the paths that were withheld without the key. A
                 // restart rebuilds it.
-                let has_more_to_publish =
-                    node.own_key.read(&node.degraded) && node.config.mode.has_wan();
+                let has_more_to_publish = node.read_own_key() && node.config.mode.has_wan();
                 trusted.refresh(&node.degraded);
                 metrics.start(&node.degraded);
                 if has_more_to_publish || node.retry_identity() {
