@@ -43,7 +43,7 @@ use lan::LanServices;
 use node::{Node, PeerRequests};
 use open_store::{answer_misses, open_store};
 use process::{ExitReason, Process, Wakeup, fatal, thread_ended};
-use retries::{MetricsServer, RetryThread};
+use retries::{MetricsServer, start_retries};
 use sd_notify::NotifyState;
 use std::io;
 use std::net::TcpListener;
@@ -197,13 +197,9 @@ impl Services {
         let metrics = Arc::new(MetricsServer::new(node.config.metrics, &cache, &node.degraded));
         let server = Server::start_with_outside(listeners, outside, cache, on_end("http"))
             .map_err(fatal("http server"))?;
-        let retries = RetryThread {
-            node: node.clone(),
-            trusted,
-            metrics: metrics.clone(),
-            wakeups: process.wakeups.clone(),
-        };
-        let retrying = retries.spawn().map_err(fatal("retries"))?;
+        let wakeups = process.wakeups.clone();
+        let retrying = start_retries(node.clone(), trusted, metrics.clone(), wakeups)
+            .map_err(fatal("retries"))?;
         Ok(Services { node, lan, wan, friends, mapper, counters, server, metrics, retrying })
     }
 

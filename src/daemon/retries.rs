@@ -60,36 +60,31 @@ impl MetricsServer {
     }
 }
 
-/// A thread that retries every [`RETRY_INTERVAL`] what failed at the start. It is separate because
-/// the disk may hang.
-pub(super) struct RetryThread {
-    pub(super) node: Arc<Node>,
-    pub(super) trusted: Arc<TrustedKeys>,
-    pub(super) metrics: Arc<MetricsServer>,
-    pub(super) wakeups: Sender<Wakeup>,
-}
-
-impl RetryThread {
-    /// Starts the thread. Dropping the returned sender ends it, without waiting for a running try.
-    ///
-    /// # Errors
-    /// No thread can be started.
-    pub(super) fn spawn(self) -> io::Result<Sender<()>> {
-        let (running, stopped) = bounded::<()>(0);
-        thread::Builder::new().name("retries".into()).spawn(move || {
-            let RetryThread { node, trusted, metrics, wakeups } = self;
-            while stopped.recv_timeout(RETRY_INTERVAL.get()) == Err(RecvTimeoutError::Timeout) {
-                // The published filter lacks the paths that were withheld without the key. A
-                // restart rebuilds it.
-                let has_more_to_publish = node.read_own_key() && node.config.mode.has_wan();
-                trusted.refresh(&node.degraded);
-                metrics.start(&node.degraded);
-                if has_more_to_publish || node.retry_identity() {
-                    let _ = wakeups.try_send(Wakeup::Restart);
-                    return;
-                }
+/// Starts a thread that retries every [`RETRY_INTERVAL`] what failed at the start. It is separate
+/// because the disk may hang. Dropping the returned sender ends it, without waiting for a running
+/// try.
+///
+/// # Errors
+/// No thread can be started.
+pub(super) fn start_retries(
+    node: Arc<Node>,
+    trusted: Arc<TrustedKeys>,
+    metrics: Arc<MetricsServer>,
+    wakeups: Sender<Wakeup>,
+) -> io::Result<Sender<()>> {
+    let (running, stopped) = bounded::<()>(0);
+    thread::Builder::new().name("retries".into()).spawn(move || {
+        while stopped.recv_timeout(RETRY_INTERVAL.get()) == Err(RecvTimeoutError::Timeout) {
+            // The published filter lacks the paths that were withheld without the key. A restart
+            // rebuilds it.
+            let has_more_to_publish = node.read_own_key() && node.config.mode.has_wan();
+            trusted.refresh(&node.degraded);
+            metrics.start(&node.degraded);
+            if has_more_to_publish || node.retry_identity() {
+                let _ = wakeups.try_send(Wakeup::Restart);
+                return;
             }
-        })?;
-        Ok(running)
-    }
+        }
+    })?;
+    Ok(running)
 }
