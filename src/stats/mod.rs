@@ -15,6 +15,7 @@ mod transfers;
 pub use counters::{Counter, Histogram, Totals};
 pub use hours::{HOUR, Hour};
 pub use lookups::{HitRecord, LookupRecord, LookupStats, MAX_LOOKUPS, MissReason, short};
+pub use start_time::StartTime;
 pub use traffic::{MAX_PEERS, PeerTraffic, TrafficKey};
 pub use transfers::{Direction, RunningTransfer, TransferGuard, TransferStats};
 
@@ -23,7 +24,6 @@ use crate::nix::{HashPart, StorePath};
 use counters::Counters;
 use hours::Hours;
 use persistence::{LoadError, SavedCounters};
-use start_time::StartTime;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,7 +53,8 @@ impl Network {
 /// Statistics of this run, and the saved totals of earlier runs.
 pub struct Stats {
     is_on: bool,
-    start: StartTime,
+    /// Time of the start.
+    pub start: StartTime,
     counters: Counters,
     /// Lookups of this machine's Nix.
     pub lookups: LookupStats,
@@ -101,17 +102,6 @@ impl Stats {
     /// Statistics that record nothing. A benchmark uses them to measure the cost of recording.
     pub fn off() -> Self {
         Stats { is_on: false, ..Stats::new() }
-    }
-
-    /// Time since the start, including suspends.
-    pub fn age(&self) -> Duration {
-        self.start.age()
-    }
-
-    /// Time of the start by the wall clock, which reads `now`. Differs from earlier results if the
-    /// clock has been set by more than 10 s, as on machines that boot in 1970.
-    pub fn started(&self, now: SystemTime) -> SystemTime {
-        self.start.by_wall_clock(now)
     }
 
     /// Records a lookup that found the path at a peer. `id` is the peer's ID at a tracker.
@@ -269,7 +259,7 @@ impl Stats {
             // A `since` out of this range comes from a wrong clock.
             let sane = EARLIEST_START..=seconds(now).saturating_add(24 * HOUR);
             if seconds(now) >= EARLIEST_START && !sane.contains(&earlier.saved.since) {
-                earlier.saved.since = seconds(self.started(now));
+                earlier.saved.since = seconds(self.start.by_wall_clock(now));
             }
             if earlier.last_written == Some((earlier.saved.since, totals)) {
                 return;
@@ -484,9 +474,13 @@ mod tests {
             stats.save(wrong);
             assert_eq!(stats.totals_ever().unwrap().0, seconds(wrong));
             let now = at(365 * 24 * HOUR);
-            let started = stats.started(now);
+            let started = stats.start.by_wall_clock(now);
             assert!(now.duration_since(started).unwrap() < Duration::from_secs(600), "{started:?}");
-            assert_eq!(stats.started(now + Duration::from_secs(5)), started, "it is one moment");
+            assert_eq!(
+                stats.start.by_wall_clock(now + Duration::from_secs(5)),
+                started,
+                "it is one moment"
+            );
             // The new `since` is written even if the counts are the same.
             stats.save(now);
             assert_eq!(stats.totals_ever().unwrap().0, seconds(started));

@@ -7,13 +7,13 @@ use std::time::{Duration, SystemTime};
 const MIN_CLOCK_CHANGE: Duration = Duration::from_secs(10);
 
 /// Time of the start, since boot and by the wall clock.
-pub(super) struct StartTime {
+pub struct StartTime {
     since_boot: Duration,
     pub(super) wall: Mutex<SystemTime>,
 }
 
 impl StartTime {
-    pub fn now() -> Self {
+    pub(super) fn now() -> Self {
         StartTime { since_boot: since_boot(), wall: Mutex::new(SystemTime::now()) }
     }
 
@@ -23,7 +23,7 @@ impl StartTime {
     }
 
     /// Time of the start by the wall clock, which reads `now`. Differs from earlier results if the
-    /// clock has been set by more than [`MIN_CLOCK_CHANGE`].
+    /// clock has been set by more than 10 s, as on machines that boot in 1970.
     pub fn by_wall_clock(&self, now: SystemTime) -> SystemTime {
         let mut start = self.wall.lock();
         let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);

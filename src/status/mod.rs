@@ -94,7 +94,7 @@ impl StatusService {
         peers.add_neighbours(neighbours.unwrap_or_default(), now);
         peers.add_health(&self.health, now);
         peers.add_traffic(self.stats.traffic());
-        let started = unix(self.stats.started(now.wall));
+        let started = unix(self.stats.start.by_wall_clock(now.wall));
         StatusReport {
             version: VERSION,
             time: now.unix(),
@@ -145,7 +145,7 @@ impl StatusService {
             trusted_keys: names.collect(),
             public_keys: keys.as_ref().map(|keys| keys.iter().map(key_report).collect()),
             started,
-            uptime_seconds: seconds(self.stats.age()),
+            uptime_seconds: seconds(self.stats.start.age()),
             ..self.facts.report.clone()
         }
     }
