@@ -391,8 +391,8 @@ pub fn outdated() -> Option<u64> {
     written.checked_sub(booted + started / TICKS).filter(|after| *after > 2)
 }
 
-/// Start time of the running nix-daemon in ticks since boot, and its directory in `/proc`. Its oldest
-/// process is the daemon; it forks one for each connection.
+/// Start time of the running nix-daemon in ticks since boot, and its directory in `/proc`. Its
+/// oldest process is the daemon; it forks one for each connection.
 fn oldest_nix_daemon() -> Option<(u64, PathBuf)> {
     let processes = fs::read_dir("/proc").ok()?.flatten().map(|process| process.path());
     processes.filter_map(|dir| Some((started_as(&dir, "nix-daemon")?, dir))).min()

@@ -194,8 +194,8 @@ fn offered(
     report_last_miss(report, &node.status, hash_part);
     all
 }
-/// Reports an offer, whether lookups ask the peer, and whether peerix by the keys in `trusted` and Nix
-/// by its settings accept the path. Without `trusted`, peerix accepts every path.
+/// Reports an offer, whether lookups ask the peer, and whether peerix by the keys in `trusted` and
+/// Nix by its settings accept the path. Without `trusted`, peerix accepts every path.
 fn judge(
     report: &mut Findings,
     node: &RunningDaemon,
@@ -215,7 +215,7 @@ fn judge(
     };
     let path = node.config.store_dir.join(&info.path);
     report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
-    let mut passes = is_asked(report, &node.status, &who, offer.from);
+    let mut passes = check_peer(report, &node.status, &who, offer.from);
     let taken = match settings {
         Some(settings) => settings.trusts(&info, &node.config),
         // Without Nix's settings, the other conditions are still reported.
@@ -239,8 +239,8 @@ fn judge(
     PeerOffer { passes, is_trusted, info: Some(info) }
 }
 
-/// Whether lookups ask the peer at `address`, and reports it if not.
-fn is_asked(report: &mut Findings, status: &Value, who: &str, address: SocketAddr) -> bool {
+/// Reports why lookups do not ask the peer at `address`. Returns true if they ask it.
+fn check_peer(report: &mut Findings, status: &Value, who: &str, address: SocketAddr) -> bool {
     let peer = peer_at(status, address);
     // A broadcast query reaches silent neighbours, but need not reach a node that `--peer` names.
     let silent = peer.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
@@ -327,8 +327,8 @@ fn nix_asks(
     asks
 }
 
-/// Whether Nix asks this machine's peerix for an offered path that it may substitute, and reports it
-/// if not. `path` is the offered store path.
+/// Reports what keeps Nix from asking this machine's peerix for the path. Returns true if nothing
+/// does. `path` is the store path of an offer.
 fn check_substituter(
     report: &mut Findings,
     node: &RunningDaemon,

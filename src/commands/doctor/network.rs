@@ -332,7 +332,8 @@ fn report_unresolved(report: &mut Findings, host: &str, e: &io::Error) {
 }
 
 /// Reports a peer that answers this command and has been silent to the daemon for `silence`
-/// seconds. It is a failure after [`RECENT_CONTACT_SECONDS`], when the daemon has probed the peer in vain.
+/// seconds. It is a failure after [`RECENT_CONTACT_SECONDS`], when the daemon has probed the peer in
+/// vain.
 fn report_silent(report: &mut Findings, address: SocketAddr, silence: f64, port: u16) {
     let silent = format!("has been silent to the daemon for {}", long(silence));
     let text = format!("{address} answers this command, and {silent}");

@@ -9,8 +9,8 @@ use rustix::fs::{Access, access};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::Path;
 
-/// Checks the settings of nix-daemon, or of this user's Nix if none runs. Returns `None` if Nix does
-/// not print them.
+/// Checks the settings of nix-daemon, or of this user's Nix if none runs. Returns `None` if Nix
+/// does not print them.
 pub(super) fn check_settings(
     report: &mut Findings,
     config: &Config,
