@@ -2,7 +2,7 @@
 //!
 //! The main thread opens the sockets and the store, starts one thread for each service, and then
 //! waits for a signal. If a setting that failed at the start becomes usable, the main thread stops
-//! the services and starts them again with the same sockets. [`Services`] contains the order of
+//! the services and starts them again with the same sockets. `Services` contains the order of
 //! both.
 
 mod counters;
