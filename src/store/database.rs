@@ -349,6 +349,9 @@ pub(super) struct FileStamp {
     modified: Duration,
 }
 
+/// States of the database, its log and its index; `None` for missing files.
+pub(super) type DatabaseFiles = [Option<FileStamp>; 3];
+
 impl FileStamp {
     /// Reads the state of the database; `None` if the write-ahead log is not empty or a file cannot
     /// be examined.
@@ -361,8 +364,8 @@ impl FileStamp {
         FileStamp::of(db)
     }
 
-    /// Reads the state of the database, its log and its index; `None` for missing files.
-    pub(super) fn of_all(db: &Path) -> [Option<Self>; 3] {
+    /// Reads the state of all files.
+    pub(super) fn of_all(db: &Path) -> DatabaseFiles {
         [db.to_owned(), beside(db, "-wal"), beside(db, "-shm")].map(|file| FileStamp::of(&file))
     }
 

@@ -17,7 +17,7 @@
 
 use super::{
     StoreError, daemon_socket,
-    database::{Database, DatabaseError, FileId, FileStamp, OpenMode},
+    database::{Database, DatabaseError, DatabaseFiles, FileId, FileStamp, OpenMode},
     path_info_cache::{CachedInfo, PathInfoCache},
 };
 use crate::lock::{Condvar, Mutex};
@@ -41,11 +41,11 @@ const DAEMON_TIMEOUT: Timeout = Timeout::from_secs(2);
 const DAEMON_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Time in which the state of the files can change if a process is about to open or close the
-/// database, which is preempted meanwhile. If it has not changed for this long, the query fails with
-/// [`StoreError::WalUnavailable`], and so do further queries, at once, until it changes.
+/// database, which is preempted meanwhile. If it has not changed for this long, queries fail with
+/// [`StoreError::WalUnavailable`] until it changes.
 const TRANSITION_TIMEOUT: Timeout = Timeout::from_secs(1);
-/// Pause between two attempts to read the database as immutable.
-const IMMUTABLE_RETRY_PAUSE: Duration = Duration::from_millis(2);
+/// Pause between two attempts to read the database in such a state.
+const TRANSITION_POLL: Duration = Duration::from_millis(2);
 
 /// Location of the database and of what belongs to it.
 #[derive(Debug, Clone)]
@@ -102,9 +102,8 @@ struct PoolState {
     file: Option<FileId>,
     file_checked: Option<Instant>,
     daemon_tried: Option<Instant>,
-    /// State of the database, its log and its index in which no query succeeded for
-    /// [`TRANSITION_TIMEOUT`].
-    stuck: Option<[Option<FileStamp>; 3]>,
+    /// State of the files in which the last query failed, and when it was first seen.
+    transition: Option<(DatabaseFiles, Instant)>,
     open_method: Option<OpenMethod>,
 }
 
@@ -245,8 +244,21 @@ impl ConnectionPool {
                 Err(error) => daemon_error = error.to_string(),
             }
         }
+        let result = self.query_during_transition(lease, query, deadline);
+        let unavailable =
+            || StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_error };
+        result.unwrap_or_else(|| Err(unavailable()))
+    }
+
+    /// Queries the database as immutable, or as soon as another process has it open. `None` if
+    /// neither is possible while its files stay as they are.
+    fn query_during_transition<T>(
+        &self,
+        lease: &mut ConnectionLease<'_>,
+        query: &DatabaseQuery<'_, T>,
+        deadline: Instant,
+    ) -> Option<Result<T, StoreError>> {
         let db = &self.location.db;
-        let (mut files, mut changed) = (FileStamp::of_all(db), Instant::now());
         loop {
             // A process that wrote a moment ago opens and closes the database, and is done in
             // another moment.
@@ -258,31 +270,32 @@ impl ConnectionPool {
                 if FileStamp::observe(db) == Some(before)
                     && let Some(result) = self.finish_attempt(answer, OpenMethod::Immutable)
                 {
-                    return result;
+                    return Some(result);
                 }
             }
             // If a process is writing, the files exist now.
-            if let Some(result) = self.finish_attempt(
-                self.attempt(lease, OpenMode::Shared, query, deadline),
-                OpenMethod::Plain,
-            ) {
-                return result;
+            let answer = self.attempt(lease, OpenMode::Shared, query, deadline);
+            if let Some(result) = self.finish_attempt(answer, OpenMethod::Plain) {
+                return Some(result);
             }
-            let now_files = FileStamp::of_all(db);
-            if now_files != files {
-                (files, changed) = (now_files, Instant::now());
+            if left(deadline).is_zero() || self.is_stuck(FileStamp::of_all(db)) {
+                return None;
             }
-            let is_stuck = self.state.lock().stuck.as_ref() == Some(&files);
-            if is_stuck || left(deadline).is_zero() {
-                break;
-            }
-            if changed.elapsed() >= TRANSITION_TIMEOUT.get() {
-                self.state.lock().stuck = Some(files);
-                break;
-            }
-            thread::sleep(IMMUTABLE_RETRY_PAUSE.min(left(deadline)));
+            thread::sleep(TRANSITION_POLL.min(left(deadline)));
         }
-        Err(StoreError::WalUnavailable { db: db.clone(), daemon: daemon_error })
+    }
+
+    /// Whether the files have been in this state, in which no query succeeds, for
+    /// [`TRANSITION_TIMEOUT`].
+    fn is_stuck(&self, files: DatabaseFiles) -> bool {
+        let mut state = self.state.lock();
+        match &state.transition {
+            Some((seen, since)) if *seen == files => since.elapsed() >= TRANSITION_TIMEOUT.get(),
+            _ => {
+                state.transition = Some((files, Instant::now()));
+                false
+            }
+        }
     }
 
     /// Converts the result of an attempt and records the method that succeeded. `None` if the
@@ -379,7 +392,10 @@ impl ConnectionPool {
     }
 
     fn record_open_method(&self, method: OpenMethod) {
-        let before = self.state.lock().open_method.replace(method);
+        let mut state = self.state.lock();
+        state.transition = None;
+        let before = state.open_method.replace(method);
+        drop(state);
         if before != Some(method) {
             log::log!(self.level, "nix database {}: {method}", self.location.db.display());
         }
