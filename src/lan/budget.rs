@@ -54,11 +54,6 @@ impl WaitBudget {
         self.is_running && left.is_zero()
     }
 
-    /// Whether the budget runs down.
-    pub fn is_running(&self) -> bool {
-        self.is_running
-    }
-
     /// Adds [`WaitBudget::FOUND_BONUS`] at lookup time `t`.
     pub fn reward(&mut self, t: Instant) {
         self.left = Self::MAX.get().min(self.update(t) + Self::FOUND_BONUS);

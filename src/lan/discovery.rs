@@ -253,7 +253,6 @@ impl<E: Environment> Discovery<E> {
         let heard = is_peer.then(|| querier.peers.record_heard(from, MetBy::Query, now)).flatten();
         if let Some((peer, is_first)) = heard {
             peer.advance_probe(now);
-            querier.plan(from);
             if is_first {
                 self.hellos.reply_to(from, querier);
                 querier.ask_open(from);

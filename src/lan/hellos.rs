@@ -168,7 +168,6 @@ impl Hellos {
         let Some((peer, is_first)) = heard else { return };
         let is_new = peer.record_hello(hello, querier.now);
         let (is_live, unanswered) = (peer.is_live(), peer.unanswered(|_| true));
-        querier.plan(from);
         if !is_new {
             return;
         }
@@ -193,7 +192,6 @@ impl Hellos {
         if peer.hello.is_none_or(|hello| hello.instance == bye.instance) {
             log::debug!("peer {from}: bye");
             peer.record_bye(querier.now);
-            querier.plan(from);
             querier.probe(from);
         }
     }

@@ -2,7 +2,7 @@
 //! passed in as lookup time (see [`super`]).
 
 use super::budget::WaitBudget;
-use super::peer::LanPeer;
+use super::peer::{LanPeer, MIN_DUE};
 use super::peer_table::PeerTable;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -28,10 +28,10 @@ impl OverdueCheck {
         self.next
     }
 
-    /// Moves [`OverdueCheck::next`] forward if an answer of this peer becomes overdue before it.
-    /// `median` is the usual answer time of the median peer.
-    pub fn plan(&mut self, peer: &LanPeer, median: Option<Duration>) {
-        self.next = self.next.into_iter().chain(self.due_at(peer, median)).min();
+    /// Moves [`OverdueCheck::next`] forward if an answer of this peer may become overdue before it.
+    pub fn plan(&mut self, peer: &LanPeer) {
+        let overdue = peer.oldest_owed().map(|since| since + MIN_DUE);
+        self.next = [self.next, overdue, peer.leaves_at()].into_iter().flatten().min();
     }
 
     /// When the peer has to be checked: its wait budget is used up, an answer becomes overdue, or
@@ -53,7 +53,7 @@ impl OverdueCheck {
         if !is_due && !self.is_waiting {
             return Vec::new();
         }
-        let median = peers.median_usual(t);
+        let median = peers.median_usual();
         let (mut given_up, mut sharing) = (Vec::new(), Vec::new());
         self.is_waiting = false;
         for (address, peer) in peers.iter_mut() {
@@ -61,7 +61,7 @@ impl OverdueCheck {
             let mut is_used_up = false;
             if let Some(budget) = &mut peer.budget {
                 is_used_up = budget.judge(is_overdue, drained, t);
-                self.is_waiting |= budget.is_running();
+                self.is_waiting |= budget.used_up_at().is_some();
             } else if is_overdue {
                 sharing.push(address);
             }
@@ -72,7 +72,7 @@ impl OverdueCheck {
         if self.shared_budget.judge(!sharing.is_empty(), drained, t) {
             given_up.append(&mut sharing);
         }
-        self.is_waiting |= self.shared_budget.is_running();
+        self.is_waiting |= self.shared_budget.used_up_at().is_some();
         if !drained {
             return Vec::new();
         }
@@ -96,10 +96,12 @@ mod tests {
         let owe = |peers: &mut PeerTable, check: &mut OverdueCheck, address, t| {
             let (peer, _) = peers.record_heard(address, MetBy::Query, t).unwrap();
             peer.owe(&[1], Some(t), t);
-            check.plan(peer, None);
+            check.plan(peer);
             t + peer.due_after(None)
         };
         let [overdue, _] = addresses.map(|address| owe(&mut peers, &mut check, address, start));
+        assert_eq!(check.next(), Some(start + MIN_DUE), "while the median is not known");
+        assert!(check.run(&mut peers, true, start + MIN_DUE).is_empty());
         assert_eq!(check.next(), Some(overdue));
         assert!(check.run(&mut peers, false, overdue).is_empty());
         assert_eq!(check.next(), Some(overdue), "no wait begins while datagrams are unread");

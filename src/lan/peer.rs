@@ -25,7 +25,7 @@ const MAX_IN_FLIGHT: usize = 16;
 
 /// Minimum due time of an answer. Scheduling and interrupt coalescing on a busy machine take up to
 /// 20 ms.
-const MIN_DUE: Duration = Duration::from_millis(50);
+pub const MIN_DUE: Duration = Duration::from_millis(50);
 /// Maximum due time of an answer from a peer through which no path was found. Also the due time
 /// while no peer has been measured.
 const MAX_SHARED_DUE: Duration = Duration::from_millis(200);

@@ -10,16 +10,13 @@ use std::time::{Duration, Instant};
 /// answered. So forged addresses cost no more memory.
 const MAX_PEERS: usize = 1024;
 
-/// Maximum age of the cached median of the usual answer times.
-const MEDIAN_AGE: Duration = Duration::from_millis(50);
-
 /// All peers by the address that their datagrams come from.
 #[derive(Default)]
 pub struct PeerTable {
     peers: BTreeMap<SocketAddr, LanPeer>,
-    median: Option<Duration>,
-    /// When `median` is computed again, in lookup time.
-    median_until: Option<Instant>,
+    /// The peers that were changed since the last [`PeerTable::visit_changed`]. It is called in
+    /// each turn, so their number is bounded by the events of a turn.
+    changed: Vec<SocketAddr>,
 }
 
 impl PeerTable {
@@ -28,12 +25,24 @@ impl PeerTable {
         self.peers.get(&address)
     }
 
-    /// The peer at this address.
+    /// The peer at this address, to be changed.
     pub fn get_mut(&mut self, address: SocketAddr) -> Option<&mut LanPeer> {
-        self.peers.get_mut(&address)
+        let peer = self.peers.get_mut(&address)?;
+        if self.changed.last() != Some(&address) {
+            self.changed.push(address);
+        }
+        Some(peer)
     }
 
-    /// All peers by address.
+    /// Calls `visit` for each peer that was returned by [`PeerTable::get_mut`] or
+    /// [`PeerTable::record_heard`] since the last call.
+    pub fn visit_changed(&mut self, mut visit: impl FnMut(&LanPeer)) {
+        for address in self.changed.drain(..) {
+            self.peers.get(&address).map(&mut visit);
+        }
+    }
+
+    /// All peers by address, for changes that make nothing due earlier.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (SocketAddr, &mut LanPeer)> {
         self.peers.iter_mut().map(|(address, peer)| (*address, peer))
     }
@@ -60,7 +69,8 @@ impl PeerTable {
         if is_full && !self.evict() {
             return None;
         }
-        let peer = self.peers.entry(address).or_insert_with(|| LanPeer::new(met_by));
+        self.peers.entry(address).or_insert_with(|| LanPeer::new(met_by));
+        let peer = self.get_mut(address)?;
         let is_first = peer.record_heard(now);
         Some((peer, is_first))
     }
@@ -90,16 +100,11 @@ impl PeerTable {
         self.peers.values().any(|peer| peer.is_python(now))
     }
 
-    /// Usual answer time of the median peer, at most [`MEDIAN_AGE`] ago. `None` while no peer has
-    /// been measured.
-    pub fn median_usual(&mut self, t: Instant) -> Option<Duration> {
-        if self.median_until.is_none_or(|until| until <= t) {
-            let mut usual: Vec<Duration> = self.peers.values().filter_map(LanPeer::usual).collect();
-            let middle = usual.len() / 2;
-            self.median = (!usual.is_empty()).then(|| *usual.select_nth_unstable(middle).1);
-            self.median_until = Some(t + MEDIAN_AGE);
-        }
-        self.median
+    /// Usual answer time of the median peer. `None` while no peer has been measured.
+    pub fn median_usual(&self) -> Option<Duration> {
+        let mut usual: Vec<Duration> = self.peers.values().filter_map(LanPeer::usual).collect();
+        let middle = usual.len() / 2;
+        (!usual.is_empty()).then(|| *usual.select_nth_unstable(middle).1)
     }
 
     /// Removes the peers that need not be remembered. Returns those that become silent because

@@ -104,8 +104,7 @@ pub struct Querier {
     t: Instant,
     /// Datagrams to send.
     pub out: OutgoingDatagrams,
-    /// All peers. After a change that may make a probe, a repeat or the end of a wait earlier,
-    /// [`Querier::plan`] must be called.
+    /// All peers.
     pub peers: PeerTable,
     random: RandomSource,
     timeout: Duration,
@@ -181,6 +180,7 @@ impl Querier {
     /// ends lookups. `drained` tells whether all received datagrams were handled. If not, no answer
     /// becomes overdue, because it may be among the others.
     pub fn end_turn(&mut self, drained: bool) {
+        self.plan();
         self.send_batches();
         self.send_repeats();
         loop {
@@ -189,9 +189,11 @@ impl Querier {
             if given_up.is_empty() {
                 break;
             }
-            given_up.into_iter().for_each(|address| self.give_up(address));
+            let median = self.peers.median_usual();
+            given_up.into_iter().for_each(|address| self.give_up(address, median));
         }
         self.send_probes();
+        self.plan();
     }
 
     /// Returns an unpredictable number.
@@ -250,7 +252,7 @@ impl Querier {
             match self.peers.get_mut(address).filter(|peer| peer.is_held_back(t)) {
                 Some(peer) => {
                     let added = peer.owe(&ids(batch), None, t);
-                    self.record_asked(address, &added);
+                    self.lookups.record_asked(&added);
                 }
                 None => self.send_query(address, batch),
             }
@@ -312,13 +314,7 @@ impl Querier {
             });
             added.extend(peer.record_sent(id, ids(batch), self.t));
         }
-        self.record_asked(address, &added);
-    }
-
-    /// Records that the peer owes an answer to each of `lookups`.
-    fn record_asked(&mut self, address: SocketAddr, lookups: &[LookupId]) {
-        self.lookups.record_asked(lookups);
-        self.plan(address);
+        self.lookups.record_asked(&added);
     }
 
     /// Asks a peer that has just become live for all lookups that were sent to other peers already.
@@ -369,7 +365,6 @@ impl Querier {
                 None => self.record_have_not(from, *lookup),
             }
         }
-        self.plan(from);
         if became_live {
             self.ask_open(from);
         } else {
@@ -402,7 +397,6 @@ impl Querier {
         let Some(peer) = peer else { return false };
         let was_asked = peer.owe_narinfo(lookup, self.t);
         self.lookups.record_holder(lookup, was_asked);
-        self.plan(address);
         true
     }
 
@@ -440,9 +434,8 @@ impl Querier {
     // Overdue answers.
 
     /// Ends the wait for the overdue answers of a peer. It becomes silent if it has left or
-    /// answered nothing since it was asked.
-    fn give_up(&mut self, address: SocketAddr) {
-        let median = self.peers.median_usual(self.t);
+    /// answered nothing since it was asked. `median` is the usual answer time of the median peer.
+    fn give_up(&mut self, address: SocketAddr, median: Option<Duration>) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         let due = peer.due_after(median);
         if peer.has_left(self.t) || peer.has_vanished(due, self.t) {
@@ -464,7 +457,6 @@ impl Querier {
         for lookup in peer.mark_silent(self.now) {
             self.handle_failed(lookup, address);
         }
-        self.plan(address);
     }
 
     /// Forgets peers that need not be remembered. Those from which nothing comes become silent.
@@ -523,7 +515,6 @@ impl Querier {
             self.next_probe = self.now + PROBE_INTERVAL;
             self.send_probe(address, DatagramTarget::Unproven(address), wanted);
         }
-        self.plan(address);
         is_sent
     }
 
@@ -539,18 +530,17 @@ impl Querier {
         if let Some(peer) = self.peers.get_mut(address) {
             peer.record_sent(id, Arc::new([]), self.t);
         }
-        self.plan(address);
     }
 
-    /// Moves the searches for due probes, repeats and overdue answers forward to this peer's next
-    /// ones. To be called after each change that may make them earlier.
-    pub fn plan(&mut self, address: SocketAddr) {
-        let median = self.peers.median_usual(self.t);
-        let Some(peer) = self.peers.get(address) else { return };
+    /// Moves the searches for due probes, repeats and overdue answers forward to those of the peers
+    /// that were changed.
+    fn plan(&mut self) {
         let earlier = |a: Option<Instant>, b: Option<Instant>| a.into_iter().chain(b).min();
-        self.earliest_probe = earlier(self.earliest_probe, peer.next_probe());
-        self.earliest_repeat = earlier(self.earliest_repeat, peer.repeat_at());
-        self.overdue.plan(peer, median);
+        self.peers.visit_changed(|peer| {
+            self.earliest_probe = earlier(self.earliest_probe, peer.next_probe());
+            self.earliest_repeat = earlier(self.earliest_repeat, peer.repeat_at());
+            self.overdue.plan(peer);
+        });
     }
 }
 
