@@ -252,7 +252,7 @@ impl<E: Environment> Discovery<E> {
         let querier = &mut self.querier;
         let heard = is_peer.then(|| querier.peers.record_heard(from, MetBy::Query, now)).flatten();
         if let Some((peer, is_first)) = heard {
-            peer.advance_probe(now);
+            peer.liveness.advance_probe(now);
             if is_first {
                 self.hellos.reply_to(from, querier);
                 querier.ask_open(from);

@@ -189,7 +189,7 @@ impl Hellos {
     /// limits how long this node waits for an answer.
     pub fn handle_bye(&self, from: SocketAddr, bye: Hello, querier: &mut Querier) {
         let Some(peer) = querier.peers.get_mut(from).filter(|peer| peer.is_live()) else { return };
-        if peer.hello.is_none_or(|hello| hello.instance == bye.instance) {
+        if peer.hello().is_none_or(|hello| hello.instance == bye.instance) {
             log::debug!("peer {from}: bye");
             peer.record_bye(querier.now);
             querier.probe(from);

@@ -13,12 +13,14 @@ mod budget;
 mod discovery;
 mod environment;
 mod hellos;
+mod liveness;
 mod lookups;
 mod outgoing;
 mod overdue;
 mod peer;
 mod peer_table;
 mod querier;
+mod sent_queries;
 #[cfg(test)]
 mod simulation;
 mod sockets;

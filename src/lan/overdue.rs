@@ -31,15 +31,15 @@ impl OverdueCheck {
     /// Moves [`OverdueCheck::next`] forward if an answer of this peer may become overdue before it.
     pub fn plan(&mut self, peer: &LanPeer) {
         let overdue = peer.oldest_owed().map(|since| since + MIN_DUE);
-        self.next = [self.next, overdue, peer.leaves_at()].into_iter().flatten().min();
+        self.next = [self.next, overdue, peer.liveness.leaves_at()].into_iter().flatten().min();
     }
 
     /// When the peer has to be checked: its wait budget is used up, an answer becomes overdue, or
     /// the wait after its *bye* is over.
     fn due_at(&self, peer: &LanPeer, median: Option<Duration>) -> Option<Instant> {
-        let budget = peer.budget.as_ref().unwrap_or(&self.shared_budget);
+        let budget = peer.hits.as_ref().map_or(&self.shared_budget, |hits| &hits.budget);
         let overdue = || peer.oldest_owed().map(|since| since + peer.due_after(median));
-        budget.used_up_at().or_else(overdue).into_iter().chain(peer.leaves_at()).min()
+        budget.used_up_at().or_else(overdue).into_iter().chain(peer.liveness.leaves_at()).min()
     }
 
     /// Lets each wait budget run down while answers that it covers are overdue, and stops it when
@@ -57,15 +57,15 @@ impl OverdueCheck {
         let (mut given_up, mut sharing) = (Vec::new(), Vec::new());
         self.is_waiting = false;
         for (address, peer) in peers.iter_mut() {
-            let is_overdue = peer.is_overdue(peer.due_after(median), t);
+            let is_overdue = peer.overdue(peer.due_after(median), t).next().is_some();
             let mut is_used_up = false;
-            if let Some(budget) = &mut peer.budget {
-                is_used_up = budget.judge(is_overdue, drained, t);
-                self.is_waiting |= budget.used_up_at().is_some();
+            if let Some(hits) = &mut peer.hits {
+                is_used_up = hits.budget.judge(is_overdue, drained, t);
+                self.is_waiting |= hits.budget.used_up_at().is_some();
             } else if is_overdue {
                 sharing.push(address);
             }
-            if is_used_up || peer.has_left(t) {
+            if is_used_up || peer.liveness.has_left(t) {
                 given_up.push(address);
             }
         }

@@ -1,27 +1,17 @@
-//! A peer on the LAN: whether it is live, what it owes to lookups, how long its answers usually
-//! take, and when it is asked again or probed. No I/O. `now` is real time, `t` is lookup time (see
-//! [`super`]).
+//! A peer on the LAN: what it says of itself, what it owes to lookups, and when it is asked again.
+//! No I/O. `now` is real time, `t` is lookup time (see [`super`]).
 
 use super::budget::WaitBudget;
+use super::liveness::Liveness;
 use super::lookups::LookupId;
+use super::sent_queries::{SentBatch, SentQueries};
 use crate::backoff;
 use crate::nix::HashPart;
-use crate::round_trip::RoundTrip;
-use crate::time_scale::Timeout;
 use crate::wire::{Hello, MAX_BATCH};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Maximum number of sent batches remembered for each peer, so that a late answer is understood:
-/// 2 s of batches at the longest batch interval. At the bound the oldest is forgotten.
-const MAX_SENT_BATCHES: usize = 256;
-
-/// Number of unanswered queries at which a peer is behind. If it vanished, as many datagrams wait
-/// for ARP for 3 s, and each takes about 1,280 bytes of the send buffer. The 25 connections of Nix
-/// make fewer batches in a round trip.
-const MAX_IN_FLIGHT: usize = 16;
 
 /// Minimum due time of an answer. Scheduling and interrupt coalescing on a busy machine take up to
 /// 20 ms.
@@ -34,10 +24,6 @@ const MAX_OWN_DUE: Duration = Duration::from_secs(1);
 /// Due time of an answer as a multiple of the usual answer time.
 const DUE_FACTOR: u32 = 4;
 
-/// Minimum delay of the first repeat of a query. The delay is 1.5 usual answer times.
-const MIN_REPEAT: Duration = Duration::from_millis(3);
-/// Delay of the first repeat to a peer that has not been measured.
-const UNMEASURED_REPEAT: Duration = Duration::from_millis(30);
 /// Maximum delay between repeats. The delay doubles with each repeat.
 const MAX_REPEAT: Duration = Duration::from_millis(500);
 /// Maximum delay between repeats to a peer that sends *no*, if a path was found through it or it
@@ -48,18 +34,8 @@ const MAX_OWN_REPEAT: Duration = Duration::from_millis(100);
 /// loss.
 const REORDERING: Duration = Duration::from_micros(500);
 
-/// Delay of the first probe of a silent peer. The pause doubles with each probe, up to
-/// [`MAX_PROBE`].
-pub const FIRST_PROBE: Duration = Duration::from_secs(1);
-/// Maximum pause between two probes of a silent peer.
-const MAX_PROBE: Duration = Duration::from_secs(30);
 /// A peer that has been silent for this long is removed, unless `--peer` names it.
 const FORGET_SILENT: Duration = Duration::from_secs(90);
-/// A live peer from which nothing came for this long is probed: the network may filter its
-/// broadcasts.
-const PROBE_UNHEARD: Duration = Duration::from_secs(60);
-/// Interval between two probes of a live peer from which nothing comes.
-const PROBE_UNHEARD_AGAIN: Duration = Duration::from_secs(10);
 /// A live peer from which nothing came for this long becomes silent. By then three hellos and three
 /// probes were lost.
 const UNHEARD: Duration = Duration::from_secs(90);
@@ -75,12 +51,6 @@ const HELLO_CHANGE: Duration = Duration::from_millis(200);
 
 /// Minimum interval between two hellos to a peer that seems not to know this node.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Time for which lookups wait for a peer after its *bye*, from the first probe on. A restart of
-/// the daemon takes less. At the bound the peer becomes silent.
-const BYE_WAIT: Timeout = Timeout::from_secs(1);
-/// Interval between probes in [`BYE_WAIT`]. One may be lost, or come before the daemon is back.
-const PROBE_AFTER_BYE: Duration = Duration::from_millis(200);
 
 /// How this node came to know a peer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -165,22 +135,26 @@ struct AwaitedAnswer {
     is_fetching: bool,
 }
 
-/// A query that was sent, to one peer or as a broadcast.
-#[derive(Debug, Clone)]
-pub struct SentBatch {
-    /// Its request ID.
-    pub id: u32,
-    /// When it was sent, in lookup time.
-    pub sent: Instant,
-    /// The lookups whose hash parts it contains, in the same order.
-    pub lookups: Arc<[LookupId]>,
+/// When a peer is asked again for what it owes, in lookup time.
+#[derive(Debug, Default)]
+struct RepeatTimer {
+    /// When the next repeat is due. `None` if the peer owes no answer to a query.
+    at: Option<Instant>,
+    /// Number of repeats since the last answer. The delay doubles with each.
+    count: u32,
+    /// When queries were last repeated because an answer had overtaken theirs.
+    last_early: Option<Instant>,
 }
 
+/// The paths that were found through a peer.
 #[derive(Debug)]
-struct Silence {
-    since: Instant,
-    next_probe: Instant,
-    pause: Duration,
+pub struct Hits {
+    /// Their number.
+    pub count: u32,
+    /// The last one. `None` if it is not known.
+    last: Option<HashPart>,
+    /// The peer's own wait budget. Peers without hits share one.
+    pub budget: WaitBudget,
 }
 
 /// State of one peer on the LAN.
@@ -189,38 +163,20 @@ pub struct LanPeer {
     /// Whether `--peer` names it.
     pub is_named: bool,
     met_by: MetBy,
-    met: Option<Instant>,
-    heard: Option<Instant>,
-    /// Content of its last accepted *hello*.
-    pub hello: Option<Hello>,
-    round_trip: RoundTrip,
-    silence: Option<Silence>,
-    last_probe: Option<Instant>,
-    /// When it last answered a query, in lookup time.
-    last_answer: Option<Instant>,
-    /// When it said *bye*, in real time.
-    said_bye: Option<Instant>,
-    /// When it was first probed after its *bye*, in lookup time. [`BYE_WAIT`] begins then.
-    bye: Option<Instant>,
-    /// Number of paths found through it.
-    pub found: u32,
-    /// The last path found through it.
-    pub last_found: Option<HashPart>,
-    /// When a *have-only* peer that was given up was sent a query for `last_found`, in lookup time.
-    verified_at: Option<Instant>,
-    /// Its own wait budget if a path was found through it. The other peers share one.
-    pub budget: Option<WaitBudget>,
-    owed: BTreeMap<LookupId, AwaitedAnswer>,
-    sent: VecDeque<SentBatch>,
-    /// When the latest query that was answered was sent, in lookup time.
-    answered: Option<Instant>,
-    repeat_at: Option<Instant>,
-    repeats: u32,
-    last_early_repeat: Option<Instant>,
-    /// When its instance ID last changed.
-    last_change: Option<Instant>,
-    /// When this node last sent it a hello because it seemed not to know this node.
+    /// When the first and the last packet came from it, in real time.
+    heard: Option<(Instant, Instant)>,
+    /// Content of its last accepted *hello*, and when its instance ID last changed, in real time.
+    hello: Option<(Hello, Instant)>,
+    /// When this node last sent it a hello because it seemed not to know this node, in real time.
     last_reminder: Option<Instant>,
+    /// Whether it is live.
+    pub liveness: Liveness,
+    /// The queries that were sent to it.
+    pub queries: SentQueries,
+    /// The paths that were found through it. `None` if none was.
+    pub hits: Option<Hits>,
+    owed: BTreeMap<LookupId, AwaitedAnswer>,
+    repeats: RepeatTimer,
 }
 
 impl LanPeer {
@@ -233,10 +189,15 @@ impl LanPeer {
     /// peer.
     pub fn dialect(&self) -> Dialect {
         match self.hello {
-            Some(hello) if hello.batches => Dialect::Batches,
-            Some(hello) if !hello.crowded => Dialect::Singles,
+            Some((hello, _)) if hello.batches => Dialect::Batches,
+            Some((hello, _)) if !hello.crowded => Dialect::Singles,
             _ => Dialect::HaveOnly,
         }
+    }
+
+    /// Content of its last accepted *hello*.
+    pub fn hello(&self) -> Option<Hello> {
+        self.hello.map(|(hello, _)| hello)
     }
 
     /// Whether its first query is only broadcast. It is a Python peerix, which works for 20 ms on
@@ -247,56 +208,49 @@ impl LanPeer {
 
     /// Whether the peer gets queries: it is not silent.
     pub fn is_live(&self) -> bool {
-        self.silence.is_none()
+        self.liveness.silent_since().is_none()
     }
 
     /// Whether the peer is live and has answered before. Datagrams to any other peer may wait for
     /// ARP and fill a socket's send buffer.
     pub fn is_proven(&self) -> bool {
-        self.is_live() && self.last_answer.is_some()
-    }
-
-    /// Whether [`MAX_IN_FLIGHT`] queries are unanswered, or one for longer than the delay of a
-    /// first repeat. The peer may have vanished, and then datagrams to it wait for ARP.
-    pub fn is_behind(&self, t: Instant) -> bool {
-        let unanswered =
-            || self.sent.iter().rev().take_while(|query| Some(query.sent) > self.answered);
-        unanswered().nth(MAX_IN_FLIGHT - 1).is_some()
-            || unanswered().last().is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
+        self.is_live() && self.queries.last_answer.is_some()
     }
 
     /// Whether a query has to wait: the peer is behind, and its last query is more recent than the
     /// delay of a repeat. A *have-only* peer is always behind, because it never says *no*.
     pub fn is_held_back(&self, t: Instant) -> bool {
         self.dialect() != Dialect::HaveOnly
-            && self.is_behind(t)
-            && self.sent.back().is_some_and(|last| last.sent + self.repeat_gap() > t)
+            && self.queries.is_behind(t)
+            && self.queries.last_sent().is_some_and(|last| last + self.repeat_gap() > t)
     }
 
     /// Whether the peer is a Python peerix from which a packet came within [`PYTHON_PEER_EXPIRY`].
     pub fn is_python(&self, now: Instant) -> bool {
-        let says_no_hello = || self.met.is_some_and(|met| met + HELLO_TIMEOUT <= now);
-        self.hello.is_none()
-            && (self.last_answer.is_some() || self.met_by == MetBy::Query && says_no_hello())
-            && self.heard.is_some_and(|heard| heard + PYTHON_PEER_EXPIRY > now)
+        self.heard.is_some_and(|(first, last)| {
+            let says_no_hello = self.met_by == MetBy::Query && first + HELLO_TIMEOUT <= now;
+            self.hello.is_none()
+                && (self.queries.last_answer.is_some() || says_no_hello)
+                && last + PYTHON_PEER_EXPIRY > now
+        })
     }
 
     /// Records that a packet came from the peer. Returns whether it is the first one.
     pub fn record_heard(&mut self, now: Instant) -> bool {
-        self.met.get_or_insert(now);
-        self.heard.replace(now).is_none()
+        let first = self.heard.map_or(now, |(first, _)| first);
+        self.heard.replace((first, now)).is_none()
     }
 
     /// When the last packet came from the peer. `None` if none came.
     pub fn heard(&self) -> Option<Instant> {
-        self.heard
+        self.heard.map(|(_, last)| last)
     }
 
     /// Whether the peer stays in the table: it has not been silent for [`FORGET_SILENT`], and it is
     /// not an address that `--peer` no longer names and from which nothing came.
     pub fn is_remembered(&self, now: Instant) -> bool {
-        let is_recent = match &self.silence {
-            Some(silence) => silence.since + FORGET_SILENT > now,
+        let is_recent = match self.liveness.silent_since() {
+            Some(since) => since + FORGET_SILENT > now,
             None => self.heard.is_some(),
         };
         is_recent || self.is_named || self.is_python(now) || !self.owed.is_empty()
@@ -307,31 +261,26 @@ impl LanPeer {
         self.is_live()
             && !self.takes_broadcasts()
             && self.owed.is_empty()
-            && self.heard.is_some_and(|heard| heard + UNHEARD < now)
+            && self.heard().is_some_and(|heard| heard + UNHEARD < now)
     }
 
     /// Describes the peer for commands and the status page.
     pub fn describe(&self, address: SocketAddr) -> Neighbour {
         Neighbour {
             address,
-            http_port: self.hello.map(|hello| hello.port),
+            http_port: self.hello().map(|hello| hello.port),
             met_by: if self.is_named { MetBy::Named } else { self.met_by },
-            heard: self.heard,
-            silent_since: self.silence.as_ref().map(|silence| silence.since),
-            round_trip: self.round_trip.smoothed(),
+            heard: self.heard(),
+            silent_since: self.liveness.silent_since(),
+            round_trip: self.queries.round_trip.smoothed(),
         }
-    }
-
-    /// Usual answer time. `None` before the first answer.
-    pub fn usual(&self) -> Option<Duration> {
-        self.round_trip.usual()
     }
 
     /// Due time of an answer, from the query on. `median` is the usual answer time of the median
     /// peer.
     pub fn due_after(&self, median: Option<Duration>) -> Duration {
-        if self.budget.is_some() {
-            let usual = self.usual().unwrap_or(MAX_OWN_DUE);
+        if self.hits.is_some() {
+            let usual = self.queries.round_trip.usual().unwrap_or(MAX_OWN_DUE);
             return (usual * DUE_FACTOR).clamp(MIN_DUE, MAX_OWN_DUE);
         }
         median.map_or(MAX_SHARED_DUE, |median| (median * DUE_FACTOR).clamp(MIN_DUE, MAX_SHARED_DUE))
@@ -343,23 +292,16 @@ impl LanPeer {
         self.owed.values().map(|owed| owed.since).min()
     }
 
-    /// Whether the peer has owed an answer for `due` or longer.
-    pub fn is_overdue(&self, due: Duration, t: Instant) -> bool {
-        self.oldest_owed().is_some_and(|since| since + due <= t)
-    }
-
     /// Records that a query for `lookups` with request ID `id` was sent. Returns the lookups that
     /// the peer owed nothing before.
     pub fn record_sent(&mut self, id: u32, lookups: Arc<[LookupId]>, t: Instant) -> Vec<LookupId> {
         // A *have-only* peer is always behind, because it never says no.
-        let is_late =
-            self.repeat_at.is_none() && self.is_behind(t) && self.dialect() != Dialect::HaveOnly;
-        self.repeats += u32::from(is_late);
+        let is_late = self.repeats.at.is_none()
+            && self.queries.is_behind(t)
+            && self.dialect() != Dialect::HaveOnly;
+        self.repeats.count += u32::from(is_late);
         let added = self.owe(&lookups, Some(t), t);
-        if self.sent.len() >= MAX_SENT_BATCHES {
-            self.sent.pop_front();
-        }
-        self.sent.push_back(SentBatch { id, sent: t, lookups });
+        self.queries.record_sent(SentBatch { id, sent: t, lookups });
         added
     }
 
@@ -380,19 +322,26 @@ impl LanPeer {
             });
             owed.sent = sent.or(owed.sent);
         }
-        if self.repeat_at.is_none() && !self.owed.is_empty() {
+        if self.repeats.at.is_none() && !self.owed.is_empty() {
             // A query that is held back leaves one repeat delay after the last query.
-            let last = self.sent.back().filter(|_| sent.is_none()).map_or(t, |last| last.sent);
-            self.repeat_at = Some(last + self.repeat_gap());
+            let last = sent.or(self.queries.last_sent()).unwrap_or(t);
+            self.repeats.at = Some(last + self.repeat_gap());
         }
         added
     }
 
     /// Records that a path was found through the peer. `hash_part` is `None` if it is not known.
     pub fn record_found(&mut self, hash_part: Option<HashPart>, t: Instant) {
-        self.found = self.found.saturating_add(1);
-        self.last_found = hash_part.or(self.last_found);
-        self.budget.get_or_insert_with(|| WaitBudget::full(t)).reward(t);
+        let new = || Hits { count: 0, last: None, budget: WaitBudget::full(t) };
+        let hits = self.hits.get_or_insert_with(new);
+        hits.count = hits.count.saturating_add(1);
+        hits.last = hash_part.or(hits.last);
+        hits.budget.reward(t);
+    }
+
+    /// The last path found through the peer.
+    pub fn last_found(&self) -> Option<HashPart> {
+        self.hits.as_ref()?.last
     }
 
     /// Records that the peer seems not to know this node. Returns whether it gets another hello: at
@@ -407,57 +356,41 @@ impl LanPeer {
     /// [`HELLO_CHANGE`] of the last change a *hello* with a new ID is ignored, and the result is
     /// false.
     pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
-        self.advance_probe(now);
-        let is_other = self.hello.is_none_or(|old| old.instance != hello.instance);
-        if is_other && self.last_change.is_some_and(|last| last + HELLO_CHANGE > now) {
+        self.liveness.advance_probe(now);
+        let is_other = self.hello().is_none_or(|old| old.instance != hello.instance);
+        let changed = self.hello.map_or(now, |(_, changed)| changed);
+        if is_other && self.hello.is_some() && changed + HELLO_CHANGE > now {
             return false;
-        }
-        if is_other {
-            self.last_change = Some(now);
         }
         // Anybody can forge a hello. So a peer that understands batches goes on getting them until
         // it is silent.
         let answers_batches = self.is_live() && self.dialect() == Dialect::Batches;
-        self.hello = Some(if answers_batches {
-            Hello { batches: true, crowded: false, ..hello }
-        } else {
-            hello
-        });
+        let (batches, crowded) =
+            if answers_batches { (true, false) } else { (hello.batches, hello.crowded) };
+        let changed = if is_other { now } else { changed };
+        self.hello = Some((Hello { batches, crowded, ..hello }, changed));
         is_other
-    }
-
-    /// Removes and returns the unanswered query to this peer that `is_answer` accepts.
-    pub fn take_sent(&mut self, is_answer: impl Fn(&SentBatch) -> bool) -> Option<SentBatch> {
-        let at = self.sent.iter().position(is_answer)?;
-        self.sent.remove(at)
     }
 
     /// Records an answer to a query sent at `sent`. Returns whether that made a silent peer live.
     pub fn record_answer(&mut self, sent: Instant, t: Instant) -> bool {
-        let sample = t.saturating_duration_since(sent);
-        self.round_trip.add(sample);
-        self.last_answer = Some(t);
-        self.verified_at = None;
-        // `max`, because this answer may be a late one to an older query.
-        self.answered = self.answered.max(Some(sent));
-        if self.bye.is_some_and(|bye| sent >= bye) {
-            (self.said_bye, self.bye) = (None, None);
+        let was_silent = self.liveness.record_answer(sent);
+        self.queries.record_answer(sent, t);
+        if self.repeats.count > 0 {
+            self.repeats.count = 0;
+            self.repeats.at = (!self.owed.is_empty()).then(|| t + self.repeat_gap());
         }
-        if self.repeats > 0 {
-            self.repeats = 0;
-            self.repeat_at = (!self.owed.is_empty()).then(|| t + self.repeat_gap());
-        }
-        self.silence.take().is_some()
+        was_silent
     }
 
     /// Clears what the peer owes the lookup. Returns whether it owed anything.
     pub fn settle(&mut self, lookup: LookupId) -> bool {
         let was_owed = self.owed.remove(&lookup).is_some();
         if self.owed.is_empty() {
-            self.repeat_at = None;
+            self.repeats.at = None;
             if self.dialect() == Dialect::HaveOnly {
                 // It never says no, so unanswered repeats say nothing about it.
-                self.repeats = 0;
+                self.repeats.count = 0;
             }
         }
         was_owed
@@ -481,21 +414,17 @@ impl LanPeer {
             .is_some()
     }
 
-    fn first_repeat_gap(&self) -> Duration {
-        self.usual().map_or(UNMEASURED_REPEAT, |usual| (usual * 3 / 2).max(MIN_REPEAT))
-    }
-
     fn repeat_gap(&self) -> Duration {
-        let first = self.first_repeat_gap();
-        let is_waited_for = self.said_bye.is_some() || self.budget.is_some();
+        let first = self.queries.first_repeat_gap();
+        let is_waited_for = self.liveness.is_leaving() || self.hits.is_some();
         let is_quick = is_waited_for && self.dialect() != Dialect::HaveOnly;
         let max = if is_quick { first.clamp(MAX_OWN_REPEAT, MAX_REPEAT) } else { MAX_REPEAT };
-        backoff::pause(first, self.repeats, max)
+        backoff::pause(first, self.repeats.count, max)
     }
 
     /// When the next repeat is due, in lookup time. `None` for a silent peer.
     pub fn repeat_at(&self) -> Option<Instant> {
-        self.repeat_at.filter(|_| self.is_live())
+        self.repeats.at.filter(|_| self.is_live())
     }
 
     /// Returns up to [`MAX_BATCH`] lookups to ask again if a repeat is due at `t`, the oldest first.
@@ -506,9 +435,9 @@ impl LanPeer {
         // Leaves out queries that were sent meanwhile: most of their delay is still to come.
         let gap = self.repeat_gap();
         let repeats = self.unanswered(|sent| sent + gap * 9 / 10 <= t);
-        self.repeats += u32::from(!repeats.is_empty());
+        self.repeats.count += u32::from(!repeats.is_empty());
         let is_waiting = self.owed.values().any(|owed| !owed.is_fetching);
-        self.repeat_at = is_waiting.then(|| t + self.repeat_gap());
+        self.repeats.at = is_waiting.then(|| t + self.repeat_gap());
         repeats
     }
 
@@ -516,13 +445,13 @@ impl LanPeer {
     /// sent at `answered`, later than theirs. Returns some at most once in a round trip, and once
     /// in 1 ms.
     pub fn overtaken(&mut self, answered: Instant, t: Instant) -> Vec<LookupId> {
-        let pause = self.round_trip.smoothed().map_or(MIN_REPEAT, |mean| mean.max(2 * REORDERING));
-        if self.last_early_repeat.is_some_and(|at| at + pause > t) {
+        let pause = self.queries.round_trip.smoothed().unwrap_or_default().max(2 * REORDERING);
+        if self.repeats.last_early.is_some_and(|at| at + pause > t) {
             return Vec::new();
         }
         let overtaken = self.unanswered(|sent| sent + REORDERING < answered);
         if !overtaken.is_empty() {
-            self.last_early_repeat = Some(t);
+            self.repeats.last_early = Some(t);
         }
         overtaken
     }
@@ -540,14 +469,14 @@ impl LanPeer {
     /// query for that path unanswered for `due`, because it does not answer all queries.
     pub fn has_vanished(&self, due: Duration, t: Instant) -> bool {
         let is_verified = self.dialect() != Dialect::HaveOnly
-            || self.last_found.is_none()
-            || self.verified_at.is_some_and(|at| at + due <= t);
+            || self.last_found().is_none()
+            || self.queries.verified_at.is_some_and(|at| at + due <= t);
         is_verified && self.has_answered_nothing()
     }
 
     /// Whether the peer has answered nothing since it was asked.
     fn has_answered_nothing(&self) -> bool {
-        let is_older = |since| self.last_answer.is_none_or(|answer| answer < since);
+        let is_older = |since| self.queries.last_answer.is_none_or(|answer| answer < since);
         self.oldest_owed().is_none_or(is_older)
     }
 
@@ -555,85 +484,35 @@ impl LanPeer {
     /// no query is needed, or one is under way already.
     pub fn begin_verification(&mut self, t: Instant) -> Option<HashPart> {
         let is_needed = self.dialect() == Dialect::HaveOnly && self.has_answered_nothing();
-        let wanted = self.last_found.filter(|_| is_needed && self.verified_at.is_none())?;
-        self.verified_at = Some(t);
+        let wanted =
+            self.last_found().filter(|_| is_needed && self.queries.verified_at.is_none())?;
+        self.queries.verified_at = Some(t);
         Some(wanted)
     }
 
     /// The lookups to which the peer has owed an answer for `due` or longer.
-    pub fn overdue_lookups(&self, due: Duration, t: Instant) -> Vec<LookupId> {
-        let overdue = self.owed.iter().filter(|(_, owed)| owed.since + due <= t);
-        overdue.map(|(lookup, _)| *lookup).collect()
+    pub fn overdue(&self, due: Duration, t: Instant) -> impl Iterator<Item = LookupId> {
+        let overdue = self.owed.iter().filter(move |(_, owed)| owed.since + due <= t);
+        overdue.map(|(lookup, _)| *lookup)
     }
 
     /// Makes the peer silent. Returns the lookups to which it owes something; the caller settles
     /// them.
     pub fn mark_silent(&mut self, now: Instant) -> Vec<LookupId> {
-        let next_probe = now + FIRST_PROBE;
-        self.silence.get_or_insert(Silence { since: now, next_probe, pause: FIRST_PROBE });
-        (self.repeat_at, self.repeats, self.verified_at) = (None, 0, None);
-        (self.said_bye, self.bye) = (None, None);
+        self.liveness.mark_silent(now);
+        (self.repeats.at, self.repeats.count, self.queries.verified_at) = (None, 0, None);
         self.owed.keys().copied().collect()
-    }
-
-    /// Whether the peer said *bye*, and [`BYE_WAIT`] after the first probe is over.
-    pub fn has_left(&self, t: Instant) -> bool {
-        self.bye.is_some_and(|bye| bye + BYE_WAIT.get() <= t)
-    }
-
-    /// When [`BYE_WAIT`] after its *bye* ends, in lookup time.
-    pub fn leaves_at(&self) -> Option<Instant> {
-        self.bye.map(|bye| bye + BYE_WAIT.get())
     }
 
     /// Records a *bye*.
     pub fn record_bye(&mut self, now: Instant) {
-        self.said_bye.get_or_insert(now);
-        self.repeats = 0;
+        self.liveness.record_bye(now);
+        self.repeats.count = 0;
     }
 
-    /// When the peer is probed next, in real time. A live peer is probed only after its *bye*, and
-    /// if no packet comes from it.
+    /// When the peer is probed next, in real time. `None` if it needs no probe.
     pub fn next_probe(&self) -> Option<Instant> {
-        if let Some(silence) = &self.silence {
-            return Some(silence.next_probe);
-        }
-        let after_last = |pause| self.last_probe.map(|last| last + pause);
-        if let Some(said_bye) = self.said_bye {
-            return if self.bye.is_some() { after_last(PROBE_AFTER_BYE) } else { Some(said_bye) };
-        }
-        let unheard =
-            self.heard.filter(|_| self.hello.is_some()).map(|heard| heard + PROBE_UNHEARD);
-        unheard.map(|at| at.max(after_last(PROBE_UNHEARD_AGAIN).unwrap_or(at)))
-    }
-
-    /// Moves the next probe of a silent peer forward to `now`, but not within [`FIRST_PROBE`] of
-    /// the last one.
-    pub fn advance_probe(&mut self, now: Instant) {
-        if let Some(silence) = &mut self.silence {
-            let earliest = self.last_probe.map_or(now, |last| last + FIRST_PROBE);
-            silence.next_probe = silence.next_probe.min(earliest.max(now));
-        }
-    }
-
-    /// Records that a probe is sent at `now` and plans the next one.
-    pub fn record_probe(&mut self, now: Instant, t: Instant) {
-        self.last_probe = Some(now);
-        if self.said_bye.is_some() {
-            self.bye.get_or_insert(t);
-        }
-        if let Some(silence) = &mut self.silence {
-            silence.next_probe = now + silence.pause;
-            silence.pause = MAX_PROBE.min(silence.pause * 2);
-        }
-    }
-
-    /// Makes the next probe due and its pause short again, because the network has changed.
-    pub fn restart_probes(&mut self, now: Instant) {
-        if let Some(silence) = &mut self.silence {
-            silence.pause = FIRST_PROBE;
-        }
-        self.advance_probe(now);
+        self.liveness.next_probe(self.heard().filter(|_| self.hello.is_some()))
     }
 }
 
@@ -642,6 +521,6 @@ impl LanPeer {
     /// Panics if the state of the peer is larger than its bound.
     pub fn assert_bounds(&self) {
         assert!(self.owed.len() <= super::lookups::MAX_LOOKUPS);
-        assert!(self.sent.len() <= MAX_SENT_BATCHES);
+        self.queries.assert_bounds();
     }
 }

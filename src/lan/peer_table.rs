@@ -102,7 +102,8 @@ impl PeerTable {
 
     /// Usual answer time of the median peer. `None` while no peer has been measured.
     pub fn median_usual(&self) -> Option<Duration> {
-        let mut usual: Vec<Duration> = self.peers.values().filter_map(LanPeer::usual).collect();
+        let mut usual: Vec<Duration> =
+            self.peers.values().filter_map(|peer| peer.queries.round_trip.usual()).collect();
         let middle = usual.len() / 2;
         (!usual.is_empty()).then(|| *usual.select_nth_unstable(middle).1)
     }
@@ -124,7 +125,7 @@ impl PeerTable {
     /// nothing, first a silent one or one that never answered. Returns false if there is none.
     fn evict(&mut self) -> bool {
         let is_candidate =
-            |peer: &LanPeer| peer.found == 0 && !peer.is_named && peer.oldest_owed().is_none();
+            |peer: &LanPeer| peer.hits.is_none() && !peer.is_named && peer.oldest_owed().is_none();
         let candidates = self.iter().filter(|(_, peer)| is_candidate(peer));
         let idlest = candidates.min_by_key(|(_, peer)| (peer.is_proven(), peer.heard()));
         let Some((address, _)) = idlest else { return false };

@@ -19,8 +19,9 @@
 use super::lookups::{Holder, LanLookups, LookupId, LookupRequest};
 use super::outgoing::{DatagramTarget, OutgoingDatagrams};
 use super::overdue::OverdueCheck;
-use super::peer::{Dialect, LanPeer, MetBy, SentBatch};
+use super::peer::{Dialect, LanPeer, MetBy};
 use super::peer_table::PeerTable;
+use super::sent_queries::SentBatch;
 use crate::bounded_map::BoundedMap;
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
@@ -241,7 +242,8 @@ impl Querier {
     fn send_batch(&mut self, batch: &[Wanted]) {
         let mut live: Vec<SocketAddr> = self.peers.live().collect();
         if live.len() > MAX_UNICAST {
-            let usefulness = |peer: &LanPeer| (peer.is_named, peer.found, peer.is_proven());
+            let found = |peer: &LanPeer| peer.hits.as_ref().map(|hits| hits.count);
+            let usefulness = |peer: &LanPeer| (peer.is_named, found(peer), peer.is_proven());
             live.sort_by_cached_key(|address| Reverse(self.peers.get(*address).map(usefulness)));
             live.truncate(MAX_UNICAST);
             self.broadcast(batch, Dialect::Batches, BROADCAST_BATCH_WAIT);
@@ -297,8 +299,8 @@ impl Querier {
         let peer = self.peers.get_mut(address).filter(|_| !batch.is_empty());
         let Some(peer) = peer else { return };
         let to = match peer.is_proven() {
-            true if !peer.is_behind(self.t) => DatagramTarget::Peer(address),
-            true if peer.found > 0 => DatagramTarget::Behind(address),
+            true if !peer.queries.is_behind(self.t) => DatagramTarget::Peer(address),
+            true if peer.hits.is_some() => DatagramTarget::Behind(address),
             _ => DatagramTarget::Unproven(address),
         };
         let dialect = peer.dialect();
@@ -348,13 +350,13 @@ impl Querier {
     /// that was not known and may not know this node.
     pub fn handle_answer(&mut self, from: SocketAddr, id: u32, answer: &QueryAnswer) -> bool {
         let is_answer = |batch: &SentBatch| batch.id == id && answer.fits(batch.lookups.len());
-        let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(is_answer));
+        let asked = self.peers.get_mut(from).and_then(|peer| peer.queries.take(is_answer));
         let is_broadcast = asked.is_none();
         let broadcast = || self.broadcasts.get(&id).filter(|batch| is_answer(batch)).cloned();
         let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return false };
         let heard = self.peers.record_heard(from, MetBy::Answer, self.now);
         let Some((peer, is_first)) = heard else { return false };
-        let is_unknown = is_first && peer.hello.is_none();
+        let is_unknown = is_first && peer.hello().is_none();
         let became_live = peer.record_answer(sent, self.t) || is_first;
         let overtaken = peer.overtaken(sent, self.t);
         for (at, lookup) in lookups.iter().enumerate() {
@@ -438,11 +440,11 @@ impl Querier {
     fn give_up(&mut self, address: SocketAddr, median: Option<Duration>) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         let due = peer.due_after(median);
-        if peer.has_left(self.t) || peer.has_vanished(due, self.t) {
+        if peer.liveness.has_left(self.t) || peer.has_vanished(due, self.t) {
             return self.mark_silent(address);
         }
         let verification = peer.begin_verification(self.t);
-        for lookup in peer.overdue_lookups(due, self.t) {
+        for lookup in peer.overdue(due, self.t).collect::<Vec<_>>() {
             self.handle_failed(lookup, address);
         }
         if verification.is_some() {
@@ -473,7 +475,7 @@ impl Querier {
     pub fn handle_network_change(&mut self) {
         self.grace_until = self.now + HELLO_GRACE.get();
         self.next_broadcast = self.now;
-        self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(self.now));
+        self.peers.iter_mut().for_each(|(_, peer)| peer.liveness.restart_probes(self.now));
         self.earliest_probe = Some(self.now);
     }
 
@@ -483,7 +485,7 @@ impl Querier {
             return;
         }
         let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= now);
-        let order = |peer: &LanPeer| (!peer.is_named, peer.found == 0, peer.next_probe());
+        let order = |peer: &LanPeer| (!peer.is_named, peer.hits.is_none(), peer.next_probe());
         let due = self.peers.iter().filter(|(_, peer)| is_due(peer));
         let mut due: Vec<_> = due.map(|(address, peer)| (order(peer), address)).collect();
         due.sort();
@@ -500,14 +502,16 @@ impl Querier {
     pub fn probe(&mut self, address: SocketAddr) -> bool {
         let is_allowed = self.now >= self.next_probe;
         let Some(peer) = self.peers.get_mut(address).filter(|_| is_allowed) else { return false };
-        peer.record_probe(self.now, self.t);
+        peer.liveness.record_probe(self.now, self.t);
         let wanted = match peer.dialect() {
             Dialect::Batches => None,
             Dialect::Singles => {
-                peer.last_found.or(Some(HashPart::from_bytes(&[0; HashPart::BYTES])))
+                peer.last_found().or(Some(HashPart::from_bytes(&[0; HashPart::BYTES])))
             }
             // The path that Nix asked for last: the peer may have it.
-            Dialect::HaveOnly => peer.last_found.or(self.last_looked_up.filter(|_| peer.is_named)),
+            Dialect::HaveOnly => {
+                peer.last_found().or(self.last_looked_up.filter(|_| peer.is_named))
+            }
         };
         // Broadcast queries serve as probes of a peer for which no path is known.
         let is_sent = wanted.is_some() || peer.dialect() == Dialect::Batches;
@@ -574,7 +578,10 @@ impl Querier {
         for (_, peer) in self.peers.iter() {
             assert!(!is_late(peer.next_probe(), self.earliest_probe), "a probe would be late");
             assert!(!is_late(peer.repeat_at(), self.earliest_repeat), "a repeat would be late");
-            assert!(!is_late(peer.leaves_at(), self.overdue.next()), "a wait would be long");
+            assert!(
+                !is_late(peer.liveness.leaves_at(), self.overdue.next()),
+                "a wait would be long"
+            );
         }
     }
 }
