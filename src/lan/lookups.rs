@@ -4,6 +4,7 @@
 use crate::bounded_map::BoundedMap;
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
+use crate::wire::MAX_BATCH;
 use crossbeam_channel::Sender;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -30,8 +31,19 @@ pub const MAX_HOLDERS: usize = 16;
 /// unicast. At the bound a further holder is dropped.
 const MAX_SURPLUS: usize = 256;
 
-/// Identifies a lookup within this process.
+/// Interval between two batches for each live peer. Sending a datagram to one peer and handling its
+/// answer takes 20 to 40 µs of CPU time, so lookups use about half of one processor at most.
+const BATCH_INTERVAL_PER_PEER: Duration = Duration::from_micros(60);
+/// Minimum interval between two batches.
+const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
+/// Maximum interval between two batches.
+const MAX_BATCH_INTERVAL: Duration = Duration::from_millis(8);
+
+/// Identifies a lookup within this process. IDs ascend.
 pub type LookupId = u64;
+
+/// A lookup and the hash part of its path.
+pub type Wanted = (LookupId, HashPart);
 
 /// A peer that says that it has a path, and where its narinfo of the path is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -87,11 +99,8 @@ pub enum LookupUpdate {
 }
 
 /// State of one lookup.
-#[derive(Debug)]
 pub struct LanLookup {
-    /// Hash part of the path.
-    pub hash_part: HashPart,
-    updates: Sender<LookupUpdate>,
+    request: LookupRequest,
     /// When it began, in lookup time.
     began: Instant,
     /// The lookup does not end as a miss before this lookup time: peers that are not known may
@@ -103,7 +112,6 @@ pub struct LanLookup {
     answered: u32,
     /// Request ID of the single query that was broadcast for the lookup.
     pub broadcast: Option<u32>,
-    is_sent: bool,
     /// IP addresses of its holders. Each counts once, however many ports a peer claims.
     holders: Vec<IpAddr>,
     /// Number of holders that were passed on and have not failed.
@@ -133,7 +141,7 @@ impl LanLookup {
         self.passed_on += 1;
         // The channel has room for `MAX_HOLDERS` holders and the end. It is closed if the thread
         // has stopped listening.
-        let _ = self.updates.try_send(LookupUpdate::Holder { peer, holder });
+        let _ = self.request.updates.try_send(LookupUpdate::Holder { peer, holder });
     }
 
     fn ends_at(&self) -> Instant {
@@ -145,12 +153,17 @@ impl LanLookup {
 /// All lookups under way.
 #[derive(Default)]
 pub struct LanLookups {
-    open: BTreeMap<LookupId, LanLookup>,
-    /// Lookups not yet sent, the oldest first. Some may have ended meanwhile.
-    unsent: VecDeque<LookupId>,
+    /// Open lookups that wait for the next batch. The first one is the oldest.
+    unsent: BTreeMap<LookupId, LanLookup>,
+    /// Open lookups that were sent.
+    sent: BTreeMap<LookupId, LanLookup>,
+    /// When the last batch was sent.
+    last_batch: Option<Instant>,
+    /// The path of the latest lookup.
+    pub last_path: Option<HashPart>,
     /// Lookups that got a good narinfo, and the end of the time in which they take alternates.
     settled: BoundedMap<LookupId, (Instant, LanLookup), MAX_ALTERNATES>,
-    /// No open lookup ends before this lookup time.
+    /// No lookup that was sent ends before this lookup time.
     next_end: Option<Instant>,
 }
 
@@ -158,87 +171,94 @@ impl LanLookups {
     /// Adds a lookup that begins at lookup time `t`, and does not end as a miss before `open_until`.
     /// Returns false and drops the request if [`MAX_LOOKUPS`] are open.
     pub fn insert(&mut self, request: LookupRequest, open_until: Instant, t: Instant) -> bool {
-        if self.open.len() >= MAX_LOOKUPS {
+        if self.len() >= MAX_LOOKUPS {
             return false;
         }
+        self.last_path = Some(request.hash_part);
+        let (id, began) = (request.id, t);
         let lookup = LanLookup {
-            hash_part: request.hash_part,
-            updates: request.updates,
-            began: t,
+            request,
+            began,
             open_until,
             waiting: 0,
             asked: 0,
             answered: 0,
             broadcast: None,
-            is_sent: false,
             holders: Vec::new(),
             passed_on: 0,
             surplus: VecDeque::new(),
         };
-        self.open.insert(request.id, lookup);
-        self.unsent.push_back(request.id);
+        self.unsent.insert(id, lookup);
         true
     }
 
-    /// The open lookup with this ID.
+    /// The open lookup with this ID, if it was sent.
     pub fn get_mut(&mut self, id: LookupId) -> Option<&mut LanLookup> {
-        self.open.get_mut(&id)
+        self.sent.get_mut(&id)
     }
 
     /// Number of open lookups.
     pub fn len(&self) -> usize {
-        self.open.len()
+        self.unsent.len() + self.sent.len()
     }
 
     /// Whether no lookup is open.
     pub fn is_empty(&self) -> bool {
-        self.open.is_empty()
+        self.len() == 0
     }
 
-    /// Number of lookups in the queue that were not sent yet.
-    pub fn unsent(&self) -> usize {
-        self.unsent.len()
-    }
-
-    /// Removes up to `max` lookups from the queue, the oldest first, and marks them as sent.
-    pub fn take_unsent(&mut self, max: usize) -> Vec<(LookupId, HashPart)> {
-        let mut taken = Vec::new();
-        while taken.len() < max
-            && let Some(id) = self.unsent.pop_front()
-        {
-            if let Some(lookup) = self.open.get_mut(&id) {
-                lookup.is_sent = true;
-                taken.push((id, lookup.hash_part));
-            }
+    /// When the next batch leaves, in lookup time: at once if it is full or has the only open
+    /// lookup, else one interval after the last batch. `None` if no lookup waits for it.
+    /// `live_peers` counts the live peers.
+    pub fn next_batch_at(&self, live_peers: impl FnOnce() -> usize, t: Instant) -> Option<Instant> {
+        if self.unsent.is_empty() {
+            return None;
         }
-        taken
+        let last = self.last_batch.filter(|_| self.len() > 1 && self.unsent.len() < MAX_BATCH);
+        let interval = || {
+            let live = u32::try_from(live_peers()).unwrap_or(u32::MAX);
+            (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL)
+        };
+        Some(last.map_or(t, |last| last + interval()))
     }
 
-    /// IDs and hash parts of the open lookups that were sent.
-    pub fn sent(&self) -> Vec<(LookupId, HashPart)> {
-        let sent = self.open.iter().filter(|(_, lookup)| lookup.is_sent);
-        sent.map(|(id, lookup)| (*id, lookup.hash_part)).collect()
+    /// Returns the next batch, which is sent at lookup time `t`: up to [`MAX_BATCH`] lookups, the
+    /// oldest first.
+    pub fn take_batch(&mut self, t: Instant) -> Vec<Wanted> {
+        self.last_batch = Some(t);
+        let mut batch = Vec::new();
+        while batch.len() < MAX_BATCH
+            && let Some((id, lookup)) = self.unsent.pop_first()
+        {
+            batch.push((id, lookup.request.hash_part));
+            self.sent.insert(id, lookup);
+            self.update_next_end(id);
+        }
+        batch
     }
 
-    /// IDs and hash parts of those of the lookups `ids` that are still open.
-    pub fn still_open(&self, ids: &[LookupId]) -> Vec<(LookupId, HashPart)> {
-        let open = |id: &LookupId| self.open.get(id).map(|lookup| (*id, lookup.hash_part));
+    /// The open lookups that were sent.
+    pub fn sent(&self) -> Vec<Wanted> {
+        self.sent.iter().map(|(id, lookup)| (*id, lookup.request.hash_part)).collect()
+    }
+
+    /// Those of the lookups `ids` that are still open.
+    pub fn still_open(&self, ids: &[LookupId]) -> Vec<Wanted> {
+        let open = |id: &LookupId| self.sent.get(id).map(|lookup| (*id, lookup.request.hash_part));
         ids.iter().filter_map(open).collect()
     }
 
     /// Moves [`LanLookups::next_end`] forward if the lookup ends before it. To be called after each
     /// change by which a lookup may end earlier.
-    pub fn update_next_end(&mut self, id: LookupId) {
-        if let Some(lookup) = self.open.get(&id) {
-            let ends_at = lookup.ends_at();
-            self.next_end = Some(self.next_end.map_or(ends_at, |next| next.min(ends_at)));
-        }
+    fn update_next_end(&mut self, id: LookupId) {
+        let ends_at = self.sent.get(&id).map(LanLookup::ends_at);
+        self.next_end = self.next_end.into_iter().chain(ends_at).min();
     }
 
     /// Records that one more peer owes each of these lookups an answer.
     pub fn record_asked(&mut self, ids: &[LookupId]) {
         for id in ids {
-            if let Some(lookup) = self.open.get_mut(id) {
+            if let Some(lookup) = self.sent.get_mut(id) {
                 lookup.asked += 1;
                 lookup.waiting += 1;
             }
@@ -248,7 +268,7 @@ impl LanLookups {
     /// Records that a peer no longer owes the lookup anything. `answered` tells whether it
     /// answered.
     pub fn record_settled(&mut self, id: LookupId, answered: bool) {
-        if let Some(lookup) = self.open.get_mut(&id) {
+        if let Some(lookup) = self.sent.get_mut(&id) {
             lookup.waiting = lookup.waiting.saturating_sub(1);
             lookup.answered += u32::from(answered);
             self.update_next_end(id);
@@ -258,22 +278,22 @@ impl LanLookups {
     /// Records that a peer said *have* and owes the narinfo. `was_asked` tells whether it owed an
     /// answer before.
     pub fn record_holder(&mut self, id: LookupId, was_asked: bool) {
-        if let Some(lookup) = self.open.get_mut(&id) {
+        if let Some(lookup) = self.sent.get_mut(&id) {
             lookup.answered += u32::from(was_asked);
             lookup.waiting += u32::from(!was_asked);
         }
     }
 
-    /// Hash part of a lookup that is open or takes alternates.
+    /// Hash part of a lookup that was sent, and is open or takes alternates.
     pub fn hash_part(&self, id: LookupId) -> Option<HashPart> {
         let settled = || self.settled.get(&id).map(|(_, lookup)| lookup);
-        self.open.get(&id).or_else(settled).map(|lookup| lookup.hash_part)
+        self.sent.get(&id).or_else(settled).map(|lookup| lookup.request.hash_part)
     }
 
     /// Adds a holder of the path, and passes it on if fewer than [`MAX_HOLDERS`] are. Returns
     /// whether the lookup waits for its narinfo: it is open, and the holder was passed on.
     pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> bool {
-        match self.open.get_mut(&id) {
+        match self.sent.get_mut(&id) {
             Some(lookup) => lookup.add_holder(peer, holder),
             None => {
                 self.settled.get_mut(&id).map(|(_, lookup)| lookup.add_holder(peer, holder));
@@ -285,18 +305,20 @@ impl LanLookups {
     /// Records that a holder that was passed on gave no good narinfo. Passes on the next holder and
     /// returns its address, or `None` if no holder is left.
     pub fn replace_holder(&mut self, id: LookupId) -> Option<SocketAddr> {
-        let lookup = self.open.get_mut(&id)?;
+        let lookup = self.sent.get_mut(&id)?;
         lookup.passed_on = lookup.passed_on.saturating_sub(1);
         let (peer, holder) = lookup.surplus.pop_front()?;
         lookup.pass_on(peer, holder);
         Some(peer)
     }
 
-    /// Records a good narinfo. The lookup no longer waits for peers, but takes alternates for
-    /// [`ALTERNATES_TIMEOUT`].
-    pub fn settle(&mut self, id: LookupId, t: Instant) {
-        let Some(lookup) = self.open.remove(&id) else { return };
+    /// Records a good narinfo, and returns the path. The lookup no longer waits for peers, but
+    /// takes alternates for [`ALTERNATES_TIMEOUT`]. `None` if it is not open.
+    pub fn settle(&mut self, id: LookupId, t: Instant) -> Option<HashPart> {
+        let lookup = self.sent.remove(&id).or_else(|| self.unsent.remove(&id))?;
+        let hash_part = lookup.request.hash_part;
         self.settled.insert(id, (t + ALTERNATES_TIMEOUT, lookup));
+        Some(hash_part)
     }
 
     /// Ends the lookups whose time is over at `t`, and sends each [`LookupUpdate::Ended`]. Returns
@@ -308,19 +330,14 @@ impl LanLookups {
         if self.next_end.is_none_or(|next| next > t) {
             return Vec::new();
         }
-        let is_due = |lookup: &LanLookup| lookup.is_sent && lookup.ends_at() <= t;
-        let due: Vec<LookupId> =
-            self.open.iter().filter(|(_, lookup)| is_due(lookup)).map(|(id, _)| *id).collect();
-        for id in &due {
-            if let Some(lookup) = self.open.remove(id) {
-                let unanswered = lookup.asked.saturating_sub(lookup.answered);
-                let _ = lookup
-                    .updates
-                    .try_send(LookupUpdate::Ended { asked: lookup.asked, unanswered });
-            }
+        let due = self.sent.iter().filter(|(_, lookup)| lookup.ends_at() <= t);
+        let due: Vec<LookupId> = due.map(|(id, _)| *id).collect();
+        for lookup in due.iter().filter_map(|id| self.sent.remove(id)) {
+            let unanswered = lookup.asked.saturating_sub(lookup.answered);
+            let ended = LookupUpdate::Ended { asked: lookup.asked, unanswered };
+            let _ = lookup.request.updates.try_send(ended);
         }
-        self.next_end =
-            self.open.values().filter(|lookup| lookup.is_sent).map(LanLookup::ends_at).min();
+        self.next_end = self.sent.values().map(LanLookup::ends_at).min();
         due
     }
 
@@ -335,8 +352,8 @@ impl LanLookups {
 impl LanLookups {
     /// Panics if a table is larger than its bound.
     pub fn assert_bounds(&self) {
-        assert!(self.open.len() <= MAX_LOOKUPS && self.unsent.len() <= MAX_LOOKUPS);
-        assert!(self.open.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
+        assert!(self.len() <= MAX_LOOKUPS);
+        assert!(self.sent.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
     }
 }
 
@@ -353,6 +370,7 @@ mod tests {
         let (updates, receiver) = bounded(LookupRequest::CAPACITY);
         let hash_part = HashPart::from_bytes(&[0; HashPart::BYTES]);
         assert!(lookups.insert(LookupRequest { id: 1, hash_part, updates }, now, now));
+        assert_eq!(lookups.take_batch(now), [(1, hash_part)]);
         let holder = |number: u8| {
             let http = SocketAddr::from((Ipv4Addr::new(10, 0, 0, number), 1));
             (http, Holder { http, url_path: String::new() })

@@ -16,7 +16,7 @@
 //!
 //! [`LookupUpdate::Holder`]: super::lookups::LookupUpdate::Holder
 
-use super::lookups::{Holder, LanLookups, LookupId, LookupRequest};
+use super::lookups::{Holder, LanLookups, LookupId, LookupRequest, Wanted};
 use super::outgoing::{DatagramTarget, OutgoingDatagrams};
 use super::overdue::OverdueCheck;
 use super::peer::{Dialect, LanPeer, MetBy};
@@ -47,14 +47,6 @@ const BROADCAST_INTERVAL: Duration = Duration::from_secs(30);
 /// forgotten.
 const MAX_BROADCASTS: usize = 1024;
 
-/// Interval between two batches for each live peer. Sending a datagram to one peer and handling its
-/// answer takes 20 to 40 µs of CPU time, so lookups use about half of one processor at most.
-const BATCH_INTERVAL_PER_PEER: Duration = Duration::from_micros(60);
-/// Minimum interval between two batches.
-const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
-/// Maximum interval between two batches.
-const MAX_BATCH_INTERVAL: Duration = Duration::from_millis(8);
-
 /// Minimum interval between two probes, to whatever peers: at most ten leave per second.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -64,9 +56,6 @@ const MAX_TURN: Duration = Duration::from_millis(100);
 /// Source of random numbers. They must be unpredictable, because request IDs are: else other hosts
 /// could forge answers.
 pub type RandomSource = Box<dyn FnMut() -> u32 + Send>;
-
-/// A lookup and the hash part of its path.
-type Wanted = (LookupId, HashPart);
 
 /// A peer's answer to a query.
 pub enum QueryAnswer {
@@ -111,8 +100,6 @@ pub struct Querier {
     timeout: Duration,
     lookups: LanLookups,
     overdue: OverdueCheck,
-    last_batch: Option<Instant>,
-    last_looked_up: Option<HashPart>,
     /// The latest broadcast queries by request ID.
     broadcasts: BoundedMap<u32, SentBatch, MAX_BROADCASTS>,
     /// End of the window in which lookups are broadcast as single queries. The first lookup after
@@ -140,8 +127,6 @@ impl Querier {
             timeout,
             lookups: LanLookups::default(),
             overdue: OverdueCheck::new(now),
-            last_batch: None,
-            last_looked_up: None,
             broadcasts: BoundedMap::default(),
             broadcast_until: now,
             next_broadcast: now,
@@ -208,34 +193,19 @@ impl Querier {
     pub fn handle_lookup(&mut self, request: LookupRequest) {
         let hash_part = request.hash_part;
         let open_until = self.t + self.grace_until.saturating_duration_since(self.now);
-        if self.lookups.insert(request, open_until, self.t) {
-            self.last_looked_up = Some(hash_part);
-        } else {
+        if !self.lookups.insert(request, open_until, self.t) {
             log::debug!("lookup of {hash_part}: too many under way");
         }
     }
 
     fn next_batch_at(&self) -> Option<Instant> {
-        let unsent = self.lookups.unsent();
-        if unsent == 0 {
-            return None;
-        }
-        let last = self.last_batch.filter(|_| self.lookups.len() > 1 && unsent < MAX_BATCH);
-        let interval = || {
-            let live = u32::try_from(self.peers.live().count()).unwrap_or(u32::MAX);
-            (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL)
-        };
-        Some(last.map_or(self.t, |last| last + interval()))
+        self.lookups.next_batch_at(|| self.peers.live().count(), self.t)
     }
 
     fn send_batches(&mut self) {
         while self.next_batch_at().is_some_and(|at| at <= self.t) {
-            let batch = self.lookups.take_unsent(MAX_BATCH);
-            // Lookups that ended before they were sent leave the queue without a packet.
-            if !batch.is_empty() {
-                self.last_batch = Some(self.t);
-                self.send_batch(&batch);
-            }
+            let batch = self.lookups.take_batch(self.t);
+            self.send_batch(&batch);
         }
     }
 
@@ -252,14 +222,10 @@ impl Querier {
         for address in live {
             let t = self.t;
             match self.peers.get_mut(address).filter(|peer| peer.is_held_back(t)) {
-                Some(peer) => {
-                    let added = peer.owe(&ids(batch), None, t);
-                    self.lookups.record_asked(&added);
-                }
+                Some(peer) => self.lookups.record_asked(&peer.owe(&ids(batch), None, t)),
                 None => self.send_query(address, batch),
             }
         }
-        batch.iter().for_each(|(id, _)| self.lookups.update_next_end(*id));
     }
 
     /// Broadcasts single queries for nodes that understand no batches or are not known. This
@@ -418,11 +384,10 @@ impl Querier {
 
     /// Ends a lookup that has got a good narinfo. `found` is the LAN peer from which it came.
     pub fn handle_settled(&mut self, lookup: LookupId, found: Option<SocketAddr>) {
-        let hash_part = self.lookups.get_mut(lookup).map(|lookup| lookup.hash_part);
+        let hash_part = self.lookups.settle(lookup, self.t);
         if let Some(peer) = found.and_then(|address| self.peers.get_mut(address)) {
             peer.record_found(hash_part, self.t);
         }
-        self.lookups.settle(lookup, self.t);
         self.release(lookup);
     }
 
@@ -510,7 +475,7 @@ impl Querier {
             }
             // The path that Nix asked for last: the peer may have it.
             Dialect::HaveOnly => {
-                peer.last_found().or(self.last_looked_up.filter(|_| peer.is_named))
+                peer.last_found().or(self.lookups.last_path.filter(|_| peer.is_named))
             }
         };
         // Broadcast queries serve as probes of a peer for which no path is known.
