@@ -113,7 +113,11 @@ impl<E: Environment> Discovery<E> {
             Event::Settled { lookup, found } => self.querier.handle_settled(lookup, found),
             Event::Failed { lookup, peer } => self.querier.handle_failed(lookup, peer),
             Event::SetNamed(addresses) => self.hellos.set_named(&addresses, &mut self.querier),
-            Event::ListPeers(list) => drop(list.try_send(self.querier.peers.list())),
+            Event::ListPeers(list) => {
+                let peers = self.querier.peers.iter();
+                let _ =
+                    list.try_send(peers.map(|(address, peer)| peer.describe(address)).collect());
+            }
             Event::NetworkChanged => {
                 self.hellos.handle_network_change(now);
                 self.querier.handle_network_change();

@@ -107,8 +107,10 @@ impl Hellos {
     fn send_to_all(&self, packet: Packet, querier: &mut Querier) {
         if self.has_lan {
             querier.out.push((DatagramTarget::Everyone, packet.clone()));
-            let named = querier.peers.named().map(DatagramTarget::Peer);
-            querier.out.extend(named.map(|peer| (peer, packet.clone())));
+            let named = querier.peers.iter().filter(|(_, peer)| peer.is_named);
+            let to_named =
+                named.map(|(address, _)| (DatagramTarget::Peer(address), packet.clone()));
+            querier.out.extend(to_named);
         }
     }
 
@@ -118,7 +120,7 @@ impl Hellos {
         self.replies.retain(|reply| !reply.is_sent || reply.at + REPLY_WINDOW > now);
         let is_waiting = self.replies.iter().any(|reply| reply.to == to && !reply.is_sent);
         if self.replies.len() < MAX_REPLIES && !is_waiting {
-            let spread = f64::from(querier.random()) / f64::from(u32::MAX);
+            let spread = f64::from((querier.random)()) / f64::from(u32::MAX);
             let at = now + REPLY_SPREAD.mul_f64(spread);
             self.replies.push(Reply { to, at, is_sent: false });
         }

@@ -9,6 +9,7 @@
 //! loop adds at most 100 ms to it, so that a pause of this machine does not count against peers.
 //! Hellos and probes use real time, called `now`.
 
+mod broadcasts;
 mod budget;
 mod discovery;
 mod environment;

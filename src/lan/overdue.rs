@@ -2,36 +2,23 @@
 //! passed in as lookup time (see [`super`]).
 
 use super::budget::WaitBudget;
-use super::peer::{LanPeer, MIN_DUE};
+use super::peer::LanPeer;
 use super::peer_table::PeerTable;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// The wait budget that peers share, and when answers are checked next.
+/// The wait budget that peers share, and whether any budget runs down.
 pub struct OverdueCheck {
     /// Wait budget shared by all peers through which no path was found.
     shared_budget: WaitBudget,
     /// Whether any wait budget ran down after the last check.
     is_waiting: bool,
-    /// No answer becomes overdue, and no budget is used up, before this time.
-    next: Option<Instant>,
 }
 
 impl OverdueCheck {
-    /// Creates a check that is not due, with a full shared budget at `t`.
+    /// Creates a check with a full shared budget at `t`.
     pub fn new(t: Instant) -> Self {
-        OverdueCheck { shared_budget: WaitBudget::full(t), is_waiting: false, next: None }
-    }
-
-    /// When [`OverdueCheck::run`] has to be called next.
-    pub fn next(&self) -> Option<Instant> {
-        self.next
-    }
-
-    /// Moves [`OverdueCheck::next`] forward if an answer of this peer may become overdue before it.
-    pub fn plan(&mut self, peer: &LanPeer) {
-        let overdue = peer.oldest_owed().map(|since| since + MIN_DUE);
-        self.next = [self.next, overdue, peer.liveness.leaves_at()].into_iter().flatten().min();
+        OverdueCheck { shared_budget: WaitBudget::full(t), is_waiting: false }
     }
 
     /// When the peer has to be checked: its wait budget is used up, an answer becomes overdue, or
@@ -49,7 +36,7 @@ impl OverdueCheck {
     /// `drained` tells whether all received datagrams were handled. If not, no budget begins to run
     /// down and no peer is given up, because the answer may be among the others.
     pub fn run(&mut self, peers: &mut PeerTable, drained: bool, t: Instant) -> Vec<SocketAddr> {
-        let is_due = drained && self.next.is_some_and(|at| at <= t);
+        let is_due = drained && peers.next_check.is_some_and(|at| at <= t);
         if !is_due && !self.is_waiting {
             return Vec::new();
         }
@@ -76,14 +63,14 @@ impl OverdueCheck {
         if !drained {
             return Vec::new();
         }
-        self.next = peers.iter().filter_map(|(_, peer)| self.due_at(peer, median)).min();
+        peers.next_check = peers.iter().filter_map(|(_, peer)| self.due_at(peer, median)).min();
         given_up
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::peer::MetBy;
+    use super::super::peer::{MIN_DUE, MetBy};
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -93,32 +80,33 @@ mod tests {
         let start = Instant::now();
         let (mut peers, mut check) = (PeerTable::default(), OverdueCheck::new(start));
         let addresses = [1, 2].map(|host| SocketAddr::from(([10, 0, 0, host], 12304)));
-        let owe = |peers: &mut PeerTable, check: &mut OverdueCheck, address, t| {
+        let owe = |peers: &mut PeerTable, address, t| {
             let (peer, _) = peers.record_heard(address, MetBy::Query, t).unwrap();
             peer.owe(&[1], Some(t), t);
-            check.plan(peer);
-            t + peer.due_after(None)
+            let overdue = t + peer.due_after(None);
+            peers.plan();
+            overdue
         };
-        let [overdue, _] = addresses.map(|address| owe(&mut peers, &mut check, address, start));
-        assert_eq!(check.next(), Some(start + MIN_DUE), "while the median is not known");
+        let [overdue, _] = addresses.map(|address| owe(&mut peers, address, start));
+        assert_eq!(peers.next_check, Some(start + MIN_DUE), "while the median is not known");
         assert!(check.run(&mut peers, true, start + MIN_DUE).is_empty());
-        assert_eq!(check.next(), Some(overdue));
+        assert_eq!(peers.next_check, Some(overdue));
         assert!(check.run(&mut peers, false, overdue).is_empty());
-        assert_eq!(check.next(), Some(overdue), "no wait begins while datagrams are unread");
+        assert_eq!(peers.next_check, Some(overdue), "no wait begins while datagrams are unread");
         assert!(check.run(&mut peers, true, overdue).is_empty());
-        assert_eq!(check.next(), Some(overdue + WaitBudget::MAX.get()), "once for both peers");
+        assert_eq!(peers.next_check, Some(overdue + WaitBudget::MAX.get()), "once for both peers");
 
         peers.get_mut(addresses[0]).unwrap().settle(1);
         assert!(check.run(&mut peers, true, overdue + SECOND).is_empty());
-        assert_eq!(check.next(), Some(overdue + WaitBudget::MAX.get()), "one is still overdue");
+        assert_eq!(peers.next_check, Some(overdue + WaitBudget::MAX.get()), "one is still overdue");
         peers.get_mut(addresses[1]).unwrap().settle(1);
         let answered = overdue + 2 * SECOND;
         assert!(check.run(&mut peers, false, answered).is_empty(), "the answer stops the budget");
 
-        let late = owe(&mut peers, &mut check, addresses[1], answered);
+        let late = owe(&mut peers, addresses[1], answered);
         assert!(check.run(&mut peers, true, late).is_empty());
         let left = SECOND + (late - answered) / WaitBudget::RECOVERY;
-        assert_eq!(check.next(), Some(late + left));
+        assert_eq!(peers.next_check, Some(late + left));
         assert!(check.run(&mut peers, false, late + left).is_empty(), "datagrams are unread");
         assert_eq!(check.run(&mut peers, true, late + left), [addresses[1]]);
     }

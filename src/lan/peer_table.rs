@@ -1,6 +1,7 @@
 //! Table of the peers on the LAN. No I/O. `now` is real time, `t` is lookup time (see [`super`]).
 
-use super::peer::{LanPeer, MetBy, Neighbour};
+use super::lookups::LookupId;
+use super::peer::{LanPeer, MIN_DUE, MetBy};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,9 +15,16 @@ const MAX_PEERS: usize = 1024;
 #[derive(Default)]
 pub struct PeerTable {
     peers: BTreeMap<SocketAddr, LanPeer>,
-    /// The peers that were changed since the last [`PeerTable::visit_changed`]. It is called in
-    /// each turn, so their number is bounded by the events of a turn.
+    /// The peers that were changed since the last [`PeerTable::plan`], which is called in each
+    /// turn. So their number is bounded by the events of a turn.
     changed: Vec<SocketAddr>,
+    /// No peer's [`LanPeer::next_probe`] is earlier, so the peers need not be searched before.
+    pub next_probe: Option<Instant>,
+    /// No peer's [`LanPeer::repeat_at`] is earlier, in lookup time.
+    pub next_repeat: Option<Instant>,
+    /// No answer becomes overdue, no wait after a *bye* ends, and no wait budget is used up before
+    /// this lookup time.
+    pub next_check: Option<Instant>,
 }
 
 impl PeerTable {
@@ -34,12 +42,52 @@ impl PeerTable {
         Some(peer)
     }
 
-    /// Calls `visit` for each peer that was returned by [`PeerTable::get_mut`] or
-    /// [`PeerTable::record_heard`] since the last call.
-    pub fn visit_changed(&mut self, mut visit: impl FnMut(&LanPeer)) {
+    /// Moves [`PeerTable::next_probe`], [`PeerTable::next_repeat`] and [`PeerTable::next_check`]
+    /// forward to those of the peers that were changed. To be called before these are used.
+    pub fn plan(&mut self) {
+        let earlier = |a: Option<Instant>, b: Option<Instant>| a.into_iter().chain(b).min();
         for address in self.changed.drain(..) {
-            self.peers.get(&address).map(&mut visit);
+            let Some(peer) = self.peers.get(&address) else { continue };
+            self.next_probe = earlier(self.next_probe, peer.next_probe());
+            self.next_repeat = earlier(self.next_repeat, peer.repeat_at());
+            let overdue = peer.oldest_owed().map(|since| since + MIN_DUE);
+            self.next_check = earlier(self.next_check, earlier(overdue, peer.liveness.leaves_at()));
         }
+    }
+
+    /// Returns the peers to probe at `now`: first those that `--peer` names, then those through
+    /// which paths were found.
+    pub fn due_probes(&mut self, now: Instant) -> Vec<SocketAddr> {
+        if self.next_probe.is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        let planned = self.iter().filter_map(|(address, peer)| {
+            Some((!peer.is_named, peer.hits.is_none(), peer.next_probe()?, address))
+        });
+        let (mut due, later): (Vec<_>, Vec<_>) = planned.partition(|(_, _, at, _)| *at <= now);
+        self.next_probe = later.iter().map(|(_, _, at, _)| *at).min();
+        due.sort();
+        let due: Vec<SocketAddr> = due.into_iter().map(|(_, _, _, address)| address).collect();
+        // Those that are not probed now are still due.
+        self.changed.extend(&due);
+        due
+    }
+
+    /// Makes the next probe of each silent peer due, because the network has changed.
+    pub fn restart_probes(&mut self, now: Instant) {
+        self.peers.values_mut().for_each(|peer| peer.liveness.restart_probes(now));
+        self.next_probe = Some(now);
+    }
+
+    /// Returns the peers that are asked again at lookup time `t`, each with the lookups.
+    pub fn due_repeats(&mut self, t: Instant) -> Vec<(SocketAddr, Vec<LookupId>)> {
+        if self.next_repeat.is_none_or(|at| at > t) {
+            return Vec::new();
+        }
+        let repeats = self.iter_mut().map(|(address, peer)| (address, peer.due_repeats(t)));
+        let repeats = repeats.filter(|(_, lookups)| !lookups.is_empty()).collect();
+        self.next_repeat = self.peers.values().filter_map(LanPeer::repeat_at).min();
+        repeats
     }
 
     /// All peers by address, for changes that make nothing due earlier.
@@ -90,16 +138,6 @@ impl PeerTable {
         added
     }
 
-    /// The addresses that `--peer` names.
-    pub fn named(&self) -> impl Iterator<Item = SocketAddr> {
-        self.iter().filter(|(_, peer)| peer.is_named).map(|(address, _)| address)
-    }
-
-    /// Whether any Python peerix was heard within the last hour.
-    pub fn has_python_peer(&self, now: Instant) -> bool {
-        self.peers.values().any(|peer| peer.is_python(now))
-    }
-
     /// Usual answer time of the median peer. `None` while no peer has been measured.
     pub fn median_usual(&self) -> Option<Duration> {
         let mut usual: Vec<Duration> =
@@ -114,11 +152,6 @@ impl PeerTable {
         self.peers.retain(|_, peer| peer.is_remembered(now));
         let unheard = self.iter().filter(|(_, peer)| peer.is_unheard(now));
         unheard.map(|(address, _)| address).collect()
-    }
-
-    /// Describes all peers, for commands and the status page.
-    pub fn list(&self) -> Vec<Neighbour> {
-        self.iter().map(|(address, peer)| peer.describe(address)).collect()
     }
 
     /// Removes the peer heard longest ago among those through which no path was found and that owe

@@ -16,37 +16,25 @@
 //!
 //! [`LookupUpdate::Holder`]: super::lookups::LookupUpdate::Holder
 
+use super::broadcasts::Broadcasts;
 use super::lookups::{Holder, LanLookups, LookupId, LookupRequest, Wanted};
 use super::outgoing::{DatagramTarget, OutgoingDatagrams};
 use super::overdue::OverdueCheck;
 use super::peer::{Dialect, LanPeer, MetBy};
 use super::peer_table::PeerTable;
 use super::sent_queries::SentBatch;
-use crate::bounded_map::BoundedMap;
 use crate::nix::HashPart;
-use crate::time_scale::Timeout;
 use crate::wire::{AnswerBits, HashParts, MAX_BATCH, Packet};
 use std::cmp::Reverse;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// After a start, a wake-up or a change of network, no lookup ends as a miss before this time:
-/// peers may still answer the hellos.
-const HELLO_GRACE: Timeout = Timeout::from_millis(500);
-
 /// Maximum number of live peers that are asked by unicast. If more are live, the most useful ones
 /// are asked by unicast, and the batch is also broadcast.
 pub const MAX_UNICAST: usize = 256;
 /// How long a lookup waits for answers to a broadcast batch.
 const BROADCAST_BATCH_WAIT: Duration = Duration::from_millis(50);
-/// Minimum interval between windows of one `--timeout`, in which lookups are broadcast as single
-/// queries. While a Python peerix is known, all lookups are broadcast so.
-const BROADCAST_INTERVAL: Duration = Duration::from_secs(30);
-/// Maximum number of broadcast queries whose answers are understood. At the bound the oldest is
-/// forgotten.
-const MAX_BROADCASTS: usize = 1024;
-
 /// Minimum interval between two probes, to whatever peers: at most ten leave per second.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -96,23 +84,13 @@ pub struct Querier {
     pub out: OutgoingDatagrams,
     /// All peers.
     pub peers: PeerTable,
-    random: RandomSource,
-    timeout: Duration,
+    /// Source of random numbers.
+    pub random: RandomSource,
     lookups: LanLookups,
     overdue: OverdueCheck,
-    /// The latest broadcast queries by request ID.
-    broadcasts: BoundedMap<u32, SentBatch, MAX_BROADCASTS>,
-    /// End of the window in which lookups are broadcast as single queries. The first lookup after
-    /// `next_broadcast` opens the next window.
-    broadcast_until: Instant,
-    next_broadcast: Instant,
-    grace_until: Instant,
-    /// No probe leaves before this time, to whatever peer.
-    next_probe: Instant,
-    /// No peer's [`LanPeer::next_probe`] is earlier, so the peers need not be searched before.
-    earliest_probe: Option<Instant>,
-    /// No peer's [`LanPeer::repeat_at`] is earlier, in lookup time.
-    earliest_repeat: Option<Instant>,
+    broadcasts: Broadcasts,
+    /// No probe leaves before this real time, to whatever peer.
+    earliest_probe: Instant,
 }
 
 impl Querier {
@@ -124,16 +102,10 @@ impl Querier {
             out: Vec::new(),
             peers: PeerTable::default(),
             random,
-            timeout,
             lookups: LanLookups::default(),
             overdue: OverdueCheck::new(now),
-            broadcasts: BoundedMap::default(),
-            broadcast_until: now,
-            next_broadcast: now,
-            grace_until: now + HELLO_GRACE.get(),
-            next_probe: now,
-            earliest_probe: None,
-            earliest_repeat: None,
+            broadcasts: Broadcasts::new(timeout, now),
+            earliest_probe: now,
         }
     }
 
@@ -150,15 +122,15 @@ impl Querier {
         let is_open = !self.lookups.is_empty();
         let waits = [
             self.next_batch_at(),
-            self.overdue.next(),
+            self.peers.next_check,
             self.lookups.next_end(),
-            self.earliest_repeat.filter(|_| is_open),
+            self.peers.next_repeat.filter(|_| is_open),
         ];
         let waits = waits.into_iter().flatten().map(|at| self.now + (at - self.t));
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
         // behind although the machine does not pause.
         let counted = is_open.then(|| self.now + MAX_TURN);
-        let probe = self.earliest_probe.map(|at| at.max(self.next_probe));
+        let probe = self.peers.next_probe.map(|at| at.max(self.earliest_probe));
         waits.chain(counted).chain(probe).min()
     }
 
@@ -166,9 +138,11 @@ impl Querier {
     /// ends lookups. `drained` tells whether all received datagrams were handled. If not, no answer
     /// becomes overdue, because it may be among the others.
     pub fn end_turn(&mut self, drained: bool) {
-        self.plan();
+        self.peers.plan();
         self.send_batches();
-        self.send_repeats();
+        for (address, lookups) in self.peers.due_repeats(self.t) {
+            self.ask_again(address, &lookups);
+        }
         loop {
             self.lookups.end_due(self.t).into_iter().for_each(|lookup| self.release(lookup));
             let given_up = self.overdue.run(&mut self.peers, drained, self.t);
@@ -178,13 +152,12 @@ impl Querier {
             let median = self.peers.median_usual();
             given_up.into_iter().for_each(|address| self.give_up(address, median));
         }
-        self.send_probes();
-        self.plan();
-    }
-
-    /// Returns an unpredictable number.
-    pub fn random(&mut self) -> u32 {
-        (self.random)()
+        if self.now >= self.earliest_probe {
+            let due = self.peers.due_probes(self.now);
+            // Peers of which no path is known get no probe, so the next one is tried.
+            due.into_iter().any(|address| self.probe(address));
+        }
+        self.peers.plan();
     }
 
     // Queries.
@@ -192,7 +165,7 @@ impl Querier {
     /// Starts a lookup.
     pub fn handle_lookup(&mut self, request: LookupRequest) {
         let hash_part = request.hash_part;
-        let open_until = self.t + self.grace_until.saturating_duration_since(self.now);
+        let open_until = self.t + self.broadcasts.grace(self.now);
         if !self.lookups.insert(request, open_until, self.t) {
             log::debug!("lookup of {hash_part}: too many under way");
         }
@@ -229,27 +202,23 @@ impl Querier {
     }
 
     /// Broadcasts single queries for nodes that understand no batches or are not known. This
-    /// happens while a Python peerix is known, and otherwise in windows of one `--timeout`, at most
-    /// one per [`BROADCAST_INTERVAL`]. All lookups in a window are broadcast, because Nix begins
-    /// with 25 at once.
+    /// happens while a Python peerix is known, and otherwise in the windows of [`Broadcasts`]. All
+    /// lookups in a window are broadcast, because Nix begins with 25 at once.
     ///
     /// If no peer is live, the broadcast is the only packet of the lookup, and is always sent: a
     /// late answer makes its sender known.
     fn broadcast_singles(&mut self, batch: &[Wanted], is_alone: bool) {
-        if self.now >= self.next_broadcast {
-            self.broadcast_until = self.now + self.timeout;
-            self.next_broadcast = self.now + BROADCAST_INTERVAL;
-        }
-        let is_waited = self.now < self.broadcast_until || self.peers.has_python_peer(self.now);
+        let has_python_peer = || self.peers.iter().any(|(_, peer)| peer.is_python(self.now));
+        let is_waited = self.broadcasts.enter_window(self.now) || has_python_peer();
         if is_waited || is_alone {
-            let wait = if is_waited { self.timeout } else { Duration::ZERO };
+            let wait = if is_waited { self.broadcasts.timeout } else { Duration::ZERO };
             batch.chunks(1).for_each(|single| self.broadcast(single, Dialect::HaveOnly, wait));
         }
     }
 
     /// Broadcasts one query for `batch`. The lookups wait for its answers for `wait`.
     fn broadcast(&mut self, batch: &[Wanted], dialect: Dialect, wait: Duration) {
-        let id = self.random();
+        let id = (self.random)();
         self.out.push((DatagramTarget::Everyone, query(id, batch, dialect, true)));
         for (lookup, _) in batch {
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
@@ -257,7 +226,7 @@ impl Querier {
                 lookup.broadcast = (dialect != Dialect::Batches).then_some(id).or(lookup.broadcast);
             }
         }
-        self.broadcasts.insert(id, SentBatch { id, sent: self.t, lookups: ids(batch) });
+        self.broadcasts.sent.insert(id, SentBatch { id, sent: self.t, lookups: ids(batch) });
     }
 
     /// Sends `batch` to one peer in packets that it understands, and records that it owes answers.
@@ -297,19 +266,6 @@ impl Querier {
         self.send_query(address, &batch);
     }
 
-    fn send_repeats(&mut self) {
-        if self.earliest_repeat.is_none_or(|at| at > self.t) {
-            return;
-        }
-        let t = self.t;
-        let peers = self.peers.iter_mut();
-        let repeats: Vec<_> = peers.map(|(address, peer)| (address, peer.due_repeats(t))).collect();
-        self.earliest_repeat = self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min();
-        for (address, lookups) in repeats.iter().filter(|(_, lookups)| !lookups.is_empty()) {
-            self.ask_again(*address, lookups);
-        }
-    }
-
     // Answers.
 
     /// Handles an answer to the query with request ID `id`. Returns whether it comes from a peer
@@ -318,7 +274,7 @@ impl Querier {
         let is_answer = |batch: &SentBatch| batch.id == id && answer.fits(batch.lookups.len());
         let asked = self.peers.get_mut(from).and_then(|peer| peer.queries.take(is_answer));
         let is_broadcast = asked.is_none();
-        let broadcast = || self.broadcasts.get(&id).filter(|batch| is_answer(batch)).cloned();
+        let broadcast = || self.broadcasts.sent.get(&id).filter(|batch| is_answer(batch)).cloned();
         let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return false };
         let heard = self.peers.record_heard(from, MetBy::Answer, self.now);
         let Some((peer, is_first)) = heard else { return false };
@@ -330,7 +286,7 @@ impl Querier {
             match answer.holder(at, hash_part, from) {
                 Some(holder) => self.handle_have(from, *lookup, holder),
                 None if is_broadcast => {}
-                None => self.record_have_not(from, *lookup),
+                None => self.settle(from, *lookup, true),
             }
         }
         if became_live {
@@ -341,10 +297,10 @@ impl Querier {
         is_unknown
     }
 
-    /// Records that the peer has answered the lookup and owes it nothing more.
-    fn record_have_not(&mut self, from: SocketAddr, lookup: LookupId) {
-        if self.peers.get_mut(from).is_some_and(|peer| peer.settle(lookup)) {
-            self.lookups.record_settled(lookup, true);
+    /// Records that the peer owes the lookup nothing more. `answered` tells whether it answered.
+    fn settle(&mut self, address: SocketAddr, lookup: LookupId, answered: bool) {
+        if self.peers.get_mut(address).is_some_and(|peer| peer.settle(lookup)) {
+            self.lookups.record_settled(lookup, answered);
         }
     }
 
@@ -355,7 +311,7 @@ impl Querier {
         if self.lookups.add_holder(lookup, from, holder) {
             self.owe_narinfo(from, lookup);
         } else {
-            self.record_have_not(from, lookup);
+            self.settle(from, lookup, true);
         }
     }
 
@@ -371,11 +327,8 @@ impl Querier {
     /// A peer gives no good narinfo or no answer: the lookup no longer waits for it. If it is a
     /// holder, the next live holder takes its place.
     pub fn handle_failed(&mut self, lookup: LookupId, address: SocketAddr) {
-        let Some(peer) = self.peers.get_mut(address) else { return };
-        let was_holder = peer.owes_narinfo(lookup);
-        if peer.settle(lookup) {
-            self.lookups.record_settled(lookup, false);
-        }
+        let was_holder = self.peers.get(address).is_some_and(|peer| peer.owes_narinfo(lookup));
+        self.settle(address, lookup, false);
         while was_holder
             && let Some(next) = self.lookups.replace_holder(lookup)
             && !self.owe_narinfo(next, lookup)
@@ -435,37 +388,17 @@ impl Querier {
 
     // Probes.
 
-    /// Makes probes due, because the network has changed. Lookups wait for peers that are not known
-    /// for [`HELLO_GRACE`], and the next one is broadcast.
+    /// Makes probes due, because the network has changed. Lookups wait for peers that are not known,
+    /// and the next one is broadcast.
     pub fn handle_network_change(&mut self) {
-        self.grace_until = self.now + HELLO_GRACE.get();
-        self.next_broadcast = self.now;
-        self.peers.iter_mut().for_each(|(_, peer)| peer.liveness.restart_probes(self.now));
-        self.earliest_probe = Some(self.now);
-    }
-
-    fn send_probes(&mut self) {
-        let now = self.now;
-        if now < self.next_probe || self.earliest_probe.is_none_or(|at| at > now) {
-            return;
-        }
-        let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= now);
-        let order = |peer: &LanPeer| (!peer.is_named, peer.hits.is_none(), peer.next_probe());
-        let due = self.peers.iter().filter(|(_, peer)| is_due(peer));
-        let mut due: Vec<_> = due.map(|(address, peer)| (order(peer), address)).collect();
-        due.sort();
-        for (_, address) in due {
-            if self.probe(address) {
-                break;
-            }
-        }
-        self.earliest_probe = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
+        self.broadcasts.restart(self.now);
+        self.peers.restart_probes(self.now);
     }
 
     /// Sends a probe to a peer, unless one left to any peer within [`PROBE_INTERVAL`]. Returns
     /// whether a probe was sent.
     pub fn probe(&mut self, address: SocketAddr) -> bool {
-        let is_allowed = self.now >= self.next_probe;
+        let is_allowed = self.now >= self.earliest_probe;
         let Some(peer) = self.peers.get_mut(address).filter(|_| is_allowed) else { return false };
         peer.liveness.record_probe(self.now, self.t);
         let wanted = match peer.dialect() {
@@ -481,7 +414,7 @@ impl Querier {
         // Broadcast queries serve as probes of a peer for which no path is known.
         let is_sent = wanted.is_some() || peer.dialect() == Dialect::Batches;
         if is_sent {
-            self.next_probe = self.now + PROBE_INTERVAL;
+            self.earliest_probe = self.now + PROBE_INTERVAL;
             self.send_probe(address, DatagramTarget::Unproven(address), wanted);
         }
         is_sent
@@ -489,7 +422,7 @@ impl Querier {
 
     /// Sends a query to whose answer no lookup waits: for one path, or for none.
     fn send_probe(&mut self, address: SocketAddr, to: DatagramTarget, path: Option<HashPart>) {
-        let id = self.random();
+        let id = (self.random)();
         let nothing = HashParts::pack([]);
         let packet = match path {
             Some(hash_part) => Packet::Query { id, hash_part },
@@ -499,17 +432,6 @@ impl Querier {
         if let Some(peer) = self.peers.get_mut(address) {
             peer.record_sent(id, Arc::new([]), self.t);
         }
-    }
-
-    /// Moves the searches for due probes, repeats and overdue answers forward to those of the peers
-    /// that were changed.
-    fn plan(&mut self) {
-        let earlier = |a: Option<Instant>, b: Option<Instant>| a.into_iter().chain(b).min();
-        self.peers.visit_changed(|peer| {
-            self.earliest_probe = earlier(self.earliest_probe, peer.next_probe());
-            self.earliest_repeat = earlier(self.earliest_repeat, peer.repeat_at());
-            self.overdue.plan(peer);
-        });
     }
 }
 
@@ -541,10 +463,10 @@ impl Querier {
             next.is_some_and(|next| planned.is_none_or(|planned| planned > next))
         };
         for (_, peer) in self.peers.iter() {
-            assert!(!is_late(peer.next_probe(), self.earliest_probe), "a probe would be late");
-            assert!(!is_late(peer.repeat_at(), self.earliest_repeat), "a repeat would be late");
+            assert!(!is_late(peer.next_probe(), self.peers.next_probe), "a probe would be late");
+            assert!(!is_late(peer.repeat_at(), self.peers.next_repeat), "a repeat would be late");
             assert!(
-                !is_late(peer.liveness.leaves_at(), self.overdue.next()),
+                !is_late(peer.liveness.leaves_at(), self.peers.next_check),
                 "a wait would be long"
             );
         }
