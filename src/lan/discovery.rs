@@ -84,10 +84,7 @@ impl<E: Environment> Discovery<E> {
         mut random: RandomSource,
         now: Instant,
     ) -> Self {
-        let (high, low) = (random().to_be_bytes(), random().to_be_bytes());
-        let mut instance = [0; 8];
-        instance[..4].copy_from_slice(&high);
-        instance[4..].copy_from_slice(&low);
+        let instance = (u64::from(random()) << 32 | u64::from(random())).to_be_bytes();
         let digest = environment.digest(&instance);
         let hello = Hello { port: settings.port, instance, crowded: false, batches: true, digest };
         Discovery {
@@ -182,7 +179,7 @@ impl<E: Environment> Discovery<E> {
             Packet::AnswerMany { id, held } => {
                 self.handle_answer(from, id, &QueryAnswer::Many(held))
             }
-            Packet::Hello(hello) if hello.instance == self.hellos.instance() => {}
+            Packet::Hello(hello) if hello.instance == self.hellos.own.instance => {}
             Packet::Hello(hello) => {
                 if let Some(digest) = &hello.digest {
                     self.environment.record_digest(&hello.instance, digest, from);
@@ -251,15 +248,14 @@ impl<E: Environment> Discovery<E> {
         if !self.environment.is_answered(from) {
             return None;
         }
-        let is_peer = self.may_be_peer(from);
         let now = self.querier.now;
-        let querier = &mut self.querier;
-        let heard = is_peer.then(|| querier.peers.record_heard(from, MetBy::Query, now)).flatten();
-        if let Some((peer, is_first)) = heard {
+        if self.may_be_peer(from)
+            && let Some((peer, is_first)) = self.querier.peers.record_heard(from, MetBy::Query, now)
+        {
             peer.liveness.advance_probe(now);
             if is_first {
-                self.hellos.reply_to(from, querier);
-                querier.ask_open(from);
+                self.hellos.reply_to(from, &mut self.querier);
+                self.querier.ask_open(from);
             }
         }
         self.environment.query_held_paths(hash_parts, from)

@@ -44,7 +44,8 @@ struct Reply {
 
 /// The hellos that this node sends, and what it does with those of others.
 pub struct Hellos {
-    own: Hello,
+    /// The hello of this node.
+    pub own: Hello,
     has_lan: bool,
     /// When the next hello is broadcast, and the interval to the one after it.
     next: Instant,
@@ -71,11 +72,6 @@ impl Hellos {
         }
     }
 
-    /// Instance ID of this node.
-    pub fn instance(&self) -> [u8; 8] {
-        self.own.instance
-    }
-
     /// When [`Hellos::send_due`] has to be called next.
     pub fn next_due(&self) -> Instant {
         let waiting = self.replies.iter().filter(|reply| !reply.is_sent);
@@ -90,7 +86,9 @@ impl Hellos {
             self.next = now + self.interval;
             self.interval = HELLO_INTERVAL.min(self.interval * 2);
             self.send_to_all(Packet::Hello(self.own), querier);
-            querier.forget_old();
+            for address in querier.peers.forget_old(now) {
+                querier.mark_silent(address);
+            }
         }
         for reply in self.replies.iter_mut().filter(|reply| !reply.is_sent && reply.at <= now) {
             reply.is_sent = true;

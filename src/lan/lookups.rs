@@ -198,7 +198,7 @@ impl LanLookups {
     }
 
     /// Number of open lookups.
-    pub fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.unsent.len() + self.sent.len()
     }
 

@@ -19,5 +19,16 @@ pub enum DatagramTarget {
     Everyone,
 }
 
+impl DatagramTarget {
+    /// Number of the socket that sends the datagram: 0 for the first, up to 2 for the third.
+    pub fn socket(self) -> usize {
+        match self {
+            DatagramTarget::Peer(_) | DatagramTarget::Everyone => 0,
+            DatagramTarget::Behind(_) => 1,
+            DatagramTarget::Unproven(_) => 2,
+        }
+    }
+}
+
 /// Datagrams to send, each with its target.
 pub type OutgoingDatagrams = Vec<(DatagramTarget, Packet)>;

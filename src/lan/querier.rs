@@ -139,7 +139,10 @@ impl Querier {
     /// becomes overdue, because it may be among the others.
     pub fn end_turn(&mut self, drained: bool) {
         self.peers.plan();
-        self.send_batches();
+        while self.next_batch_at().is_some_and(|at| at <= self.t) {
+            let batch = self.lookups.take_batch(self.t);
+            self.send_batch(&batch);
+        }
         for (address, lookups) in self.peers.due_repeats(self.t) {
             self.ask_again(address, &lookups);
         }
@@ -173,13 +176,6 @@ impl Querier {
 
     fn next_batch_at(&self) -> Option<Instant> {
         self.lookups.next_batch_at(|| self.peers.live().count(), self.t)
-    }
-
-    fn send_batches(&mut self) {
-        while self.next_batch_at().is_some_and(|at| at <= self.t) {
-            let batch = self.lookups.take_batch(self.t);
-            self.send_batch(&batch);
-        }
     }
 
     fn send_batch(&mut self, batch: &[Wanted]) {
@@ -376,13 +372,6 @@ impl Querier {
         log::debug!("peer {address}: silent");
         for lookup in peer.mark_silent(self.now) {
             self.handle_failed(lookup, address);
-        }
-    }
-
-    /// Forgets peers that need not be remembered. Those from which nothing comes become silent.
-    pub fn forget_old(&mut self) {
-        for address in self.peers.forget_old(self.now) {
-            self.mark_silent(address);
         }
     }
 

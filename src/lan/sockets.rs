@@ -5,7 +5,6 @@
 use super::outgoing::{DatagramTarget, OutgoingDatagrams};
 use crate::network::{InterfaceAddress, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -32,22 +31,18 @@ pub(super) struct DiscoverySockets {
     /// The first sockets of all `bound` addresses, in their order, and then the others.
     sockets: Vec<UdpSocket>,
     bound: Vec<BoundAddress>,
-    ready_sockets: Vec<usize>,
     port: u16,
     networks: Arc<Networks>,
     watcher: NetworkWatcher,
-    /// Socket index and interface index of each membership in the multicast group.
-    joined: HashSet<(usize, u32)>,
-    /// When a failed join is retried.
+    /// When a failed join of the multicast group is retried.
     next_join: Option<Instant>,
     has_send_failure: bool,
     /// Whether this node uses the LAN. If not, it joins no group and has no extra sockets.
     has_lan: bool,
     /// Remainder of [`SEND_TIMEOUT`] in this turn.
     send_time_left: Duration,
-    /// Number of datagrams that found the send buffer full since
-    /// [`DiscoverySockets::take_dropped`].
-    dropped_datagrams: u64,
+    /// Number of datagrams that found the send buffer full. The caller resets it.
+    pub(super) dropped_datagrams: u64,
 }
 
 /// Address to which sockets are bound.
@@ -61,12 +56,6 @@ struct BoundAddress {
     sockets: [usize; 3],
     /// Whether it is an IPv6 socket that also carries IPv4, as systemd makes them by default.
     is_dual_stack: bool,
-}
-
-impl BoundAddress {
-    fn carries_family_of(&self, target: SocketAddr) -> bool {
-        self.is_dual_stack || self.address.is_ipv4() == target.is_ipv4()
-    }
 }
 
 impl DiscoverySockets {
@@ -104,11 +93,9 @@ impl DiscoverySockets {
         let mut sockets = DiscoverySockets {
             sockets,
             bound,
-            ready_sockets: Vec::new(),
             port,
             watcher: NetworkWatcher::new(networks.clone(), Instant::now()),
             networks,
-            joined: HashSet::new(),
             next_join: None,
             has_send_failure: false,
             has_lan,
@@ -127,47 +114,35 @@ impl DiscoverySockets {
     /// Receives a datagram from the socket with index `at`. Returns its length and source address;
     /// an IPv4-mapped IPv6 address is returned as IPv4. Does not block.
     pub(super) fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
-        let (len, from) = self.sockets[at].recv_from(buffer)?;
-        let from = match from {
-            SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
-                Some(v4) => SocketAddr::from((v4, v6.port())),
-                None => from,
-            },
-            SocketAddr::V4(_) => from,
-        };
+        let (len, mut from) = self.sockets[at].recv_from(buffer)?;
+        if let IpAddr::V4(v4) = from.ip().to_canonical() {
+            from = SocketAddr::from((v4, from.port()));
+        }
         Ok((len, from))
     }
 
     /// Blocks until a datagram can be read, one of `wakers` is readable, the kernel reports a
-    /// change of network, or `wait` is over. Resets `wakers`. [`DiscoverySockets::ready`] then
-    /// tells which sockets have datagrams.
-    pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
+    /// change of network, or `wait` is over. Resets `wakers`. Returns the indexes of the sockets that
+    /// have datagrams, for [`DiscoverySockets::receive`].
+    pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) -> Vec<usize> {
         self.send_time_left = SEND_TIMEOUT;
-        self.ready_sockets.clear();
         let mut fds: Vec<PollFd<'_>> =
             self.sockets.iter().map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
         fds.extend(wakers.iter().map(|waker| PollFd::new(*waker, PollFlags::IN)));
         let network_events = self.watcher.as_fd();
         fds.extend(network_events.as_ref().map(|events| PollFd::new(events, PollFlags::IN)));
-        let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
-        if let Err(e) = poll(&mut fds, Some(&timeout))
+        if let Err(e) = poll(&mut fds, Timespec::try_from(wait).ok().as_ref())
             && e != rustix::io::Errno::INTR
         {
             log::error!("poll: {e}");
             thread::sleep(Duration::from_millis(100));
         }
         let sockets = fds.iter().take(self.sockets.len()).enumerate();
-        let ready = sockets.filter(|(_, fd)| !fd.revents().is_empty()).map(|(at, _)| at);
-        self.ready_sockets.extend(ready);
+        let ready = sockets.filter(|(_, fd)| !fd.revents().is_empty()).map(|(at, _)| at).collect();
         for waker in wakers {
             let _ = rustix::io::read(waker, &mut [0u8; 8]);
         }
-    }
-
-    /// Indexes for [`DiscoverySockets::receive`] of the sockets that had datagrams at the end of
-    /// the last wait.
-    pub(super) fn ready(&self) -> &[usize] {
-        &self.ready_sockets
+        ready
     }
 
     /// When [`DiscoverySockets::update_networks`] must be called even if the kernel reports no
@@ -187,33 +162,22 @@ impl DiscoverySockets {
         changed
     }
 
-    /// Joins the multicast group on new interfaces, and forgets the memberships on removed ones.
+    /// Joins the multicast group on all interfaces in use.
     fn join(&mut self, now: Instant) {
-        if !self.has_lan {
-            return;
-        }
-        let indexes: HashSet<u32> =
-            self.networks.current().multicast_interfaces().into_iter().collect();
-        self.joined.retain(|(_, index)| indexes.contains(index));
         self.next_join = None;
-        for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
-            let SocketAddr::V6(bound) = bound.address else { continue };
+        for bound in self.bound.iter().filter(|_| self.has_lan) {
+            let SocketAddr::V6(address) = bound.address else { continue };
+            let socket = &self.sockets[bound.sockets[0]];
             let _ = socket.set_multicast_loop_v6(false);
-            for &index in indexes.iter().filter(|&&index| hears_group(bound, index)) {
-                if self.joined.contains(&(at, index)) {
-                    continue;
+            for index in self.networks.current().multicast_interfaces() {
+                // `AddrInUse`: the socket is a member already.
+                if hears_group(address, index)
+                    && let Err(e) = socket.join_multicast_v6(&MULTICAST_GROUP, index)
+                    && e.kind() != io::ErrorKind::AddrInUse
+                {
+                    log::debug!("multicast on interface {index}: {e}");
+                    self.next_join = Some(now + JOIN_RETRY_INTERVAL);
                 }
-                match socket.join_multicast_v6(&MULTICAST_GROUP, index) {
-                    Ok(()) => {}
-                    // The kernel kept the membership while the interface had no IPv6.
-                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
-                    Err(e) => {
-                        log::debug!("multicast on interface {index}: {e}");
-                        self.next_join = Some(now + JOIN_RETRY_INTERVAL);
-                        continue;
-                    }
-                }
-                self.joined.insert((at, index));
             }
         }
     }
@@ -222,21 +186,16 @@ impl DiscoverySockets {
     /// others. Returns whether any are left. While send buffers are full, blocks for
     /// [`SEND_TIMEOUT`] per turn at most.
     pub(super) fn send(&mut self, out: &mut OutgoingDatagrams) -> bool {
-        let order = |to: &DatagramTarget| match to {
-            DatagramTarget::Peer(_) | DatagramTarget::Everyone => 0,
-            DatagramTarget::Behind(_) => 1,
-            DatagramTarget::Unproven(_) => 2,
-        };
-        out.sort_by_key(|(to, _)| order(to));
+        out.sort_by_key(|(to, _)| to.socket());
         for (to, packet) in out.drain(..out.len().min(MAX_SENDS_PER_TURN)) {
             let bytes = packet.encode();
             match to {
                 DatagramTarget::Peer(peer)
                 | DatagramTarget::Behind(peer)
-                | DatagramTarget::Unproven(peer) => self.send_to(&bytes, peer, order(&to)),
+                | DatagramTarget::Unproven(peer) => self.send_to(&bytes, peer, to.socket()),
                 DatagramTarget::Everyone => {
                     for target in self.networks.current().broadcast_targets(self.port) {
-                        self.send_to(&bytes, target, 0);
+                        self.send_to(&bytes, target, to.socket());
                     }
                 }
             }
@@ -244,16 +203,11 @@ impl DiscoverySockets {
         !out.is_empty()
     }
 
-    /// Returns the number of datagrams that found the send buffer full, and resets it to 0.
-    pub(super) fn take_dropped(&mut self) -> u64 {
-        std::mem::take(&mut self.dropped_datagrams)
-    }
-
     /// Sends a datagram. `from` is 0 for the first socket, 1 and 2 for the extra ones. Waits for
     /// room only in the send buffer of the first one.
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, from: usize) {
-        let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
-        let bound = self.bound[at];
+        let bound = socket_for(target, &self.bound, &self.networks.current());
+        let Some(bound) = bound else { return };
         let mapped = match target {
             SocketAddr::V4(v4) if bound.is_dual_stack => {
                 (v4.ip().to_ipv6_mapped(), v4.port()).into()
@@ -264,9 +218,8 @@ impl DiscoverySockets {
         let mut sent = socket.send_to(bytes, mapped);
         while is_full(&sent) && from == 0 && !self.send_time_left.is_zero() {
             let began = Instant::now();
-            let timeout = Timespec::try_from(self.send_time_left)
-                .unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
-            let _ = poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timeout));
+            let timeout = Timespec::try_from(self.send_time_left).ok();
+            let _ = poll(&mut [PollFd::new(socket, PollFlags::OUT)], timeout.as_ref());
             self.send_time_left = self.send_time_left.saturating_sub(began.elapsed());
             sent = socket.send_to(bytes, mapped);
         }
@@ -312,10 +265,14 @@ fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
     bound.ip().is_unspecified() || *bound.ip() == MULTICAST_GROUP && bound.scope_id() == index
 }
 
-/// Returns the index of the socket that reaches `target`: one bound to all addresses, or to an
-/// address in the target's network. A unicast target on no connected network, which `--peer` names,
-/// is reached through any socket bound to an address of this machine.
-fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks) -> Option<usize> {
+/// Returns the address whose sockets reach `target`: one bound to all addresses, or to an address in
+/// the target's network. A unicast target on no connected network, which `--peer` names, is reached
+/// through any socket bound to an address of this machine.
+fn socket_for(
+    target: SocketAddr,
+    bound: &[BoundAddress],
+    networks: &LanNetworks,
+) -> Option<BoundAddress> {
     let interfaces = networks.interfaces();
     let on_interface = match target {
         SocketAddr::V6(v6) if v6.ip().is_multicast() || v6.ip().is_unicast_link_local() => {
@@ -327,20 +284,16 @@ fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks
     let reaches = |i: &InterfaceAddress| {
         on_interface.map_or_else(|| i.reaches(target.ip()), |index| i.index == index)
     };
-    let near = |bound: &BoundAddress| {
-        let ip = bound.address.ip();
-        bound.carries_family_of(target)
-            && (ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i)))
+    let near = |ip: IpAddr| {
+        ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i))
     };
-    let far = |bound: &BoundAddress| {
-        let ip = bound.address.ip();
-        bound.carries_family_of(target)
-            && !ip.is_loopback()
-            && !ip.is_multicast()
-            && !is_broadcast(ip)
-    };
+    let far = |ip: IpAddr| !ip.is_loopback() && !ip.is_multicast() && !is_broadcast(ip);
     let to_one = !target.ip().is_multicast() && !is_broadcast(target.ip());
-    bound.iter().position(near).or_else(|| bound.iter().position(far).filter(|_| to_one))
+    let mut fitting = bound
+        .iter()
+        .filter(|bound| bound.is_dual_stack || bound.address.is_ipv4() == target.is_ipv4());
+    let found = fitting.clone().find(|bound| near(bound.address.ip()));
+    found.or_else(|| fitting.find(|bound| to_one && far(bound.address.ip()))).copied()
 }
 
 #[cfg(test)]
@@ -383,7 +336,7 @@ mod tests {
             };
             let bound: Vec<BoundAddress> = bound.iter().map(bind).collect();
             socket_for(target.parse().unwrap(), &bound, &networks)
-                .map(|at| bound[at].address.ip().to_string())
+                .map(|bound| bound.address.ip().to_string())
         };
         // In the order of `sockets::open`: the broadcast addresses come last.
         let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];

@@ -219,7 +219,7 @@ impl<E: Environment> DiscoveryLoop<E> {
             let wakers: Vec<_> =
                 [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
             let is_idle = self.discovery.outgoing().is_empty();
-            self.sockets.wait(&wakers, if is_idle { timeout } else { Duration::ZERO });
+            let ready = self.sockets.wait(&wakers, if is_idle { timeout } else { Duration::ZERO });
             client.turns.fetch_add(1, Ordering::Relaxed);
             // Must precede the reads below: a caller of [`DiscoveryClient::wake`] queues its event
             // first and then tests this flag.
@@ -239,7 +239,7 @@ impl<E: Environment> DiscoveryLoop<E> {
             let drained = if next_turn <= Instant::now() {
                 self.read(0..self.sockets.len(), MAX_DATAGRAMS_PER_TURN)
             } else {
-                self.read(self.sockets.ready().to_vec(), MAX_DATAGRAMS_PER_TURN);
+                self.read(ready, MAX_DATAGRAMS_PER_TURN);
                 false
             };
             self.handle(Event::Tick { drained });
@@ -255,7 +255,8 @@ impl<E: Environment> DiscoveryLoop<E> {
                 }
                 self.read(0..self.sockets.len(), MAX_SENDS_PER_TURN);
             }
-            client.dropped.fetch_add(self.sockets.take_dropped(), Ordering::Relaxed);
+            let dropped = std::mem::take(&mut self.sockets.dropped_datagrams);
+            client.dropped.fetch_add(dropped, Ordering::Relaxed);
             if stop {
                 return;
             }
@@ -284,23 +285,19 @@ impl<E: Environment> DiscoveryLoop<E> {
         self.discovery.handle(event, Instant::now());
     }
 
-    /// Handles up to `max` datagrams of these sockets. Returns whether none is left.
+    /// Handles up to `max` datagrams of these sockets. Returns false if more may be left.
     fn read(&mut self, sockets: impl IntoIterator<Item = usize>, max: usize) -> bool {
         let mut left =
             max.min(MAX_QUEUED_DATAGRAMS.saturating_sub(self.discovery.outgoing().len()));
-        if left == 0 {
-            return false;
-        }
         for at in sockets {
-            while let Ok((len, from)) = self.sockets.receive(at, &mut self.buffer) {
+            while left > 0
+                && let Ok((len, from)) = self.sockets.receive(at, &mut self.buffer)
+            {
                 let event = Event::Datagram { from, bytes: &self.buffer[..len] };
                 self.discovery.handle(event, Instant::now());
-                left = left.saturating_sub(1);
-                if left == 0 {
-                    return false;
-                }
+                left -= 1;
             }
         }
-        true
+        left > 0
     }
 }
