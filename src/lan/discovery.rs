@@ -263,17 +263,16 @@ impl<E: Environment> Discovery<E> {
 }
 
 #[cfg(test)]
-impl<E: Environment> Discovery<E> {
-    /// Panics if a table is larger than its bound.
-    pub(super) fn assert_bounds(&self) {
-        self.hellos.assert_bounds();
-        self.querier.assert_bounds();
-    }
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
+
+    impl<E: Environment> Discovery<E> {
+        /// Panics if a table is larger than its bound.
+        pub fn assert_bounds(&self) {
+            self.hellos.assert_bounds();
+            self.querier.assert_bounds();
+        }
+    }
 
     struct Alone;
 

@@ -349,19 +349,18 @@ impl LanLookups {
 }
 
 #[cfg(test)]
-impl LanLookups {
-    /// Panics if a table is larger than its bound.
-    pub fn assert_bounds(&self) {
-        assert!(self.len() <= MAX_LOOKUPS);
-        assert!(self.sent.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
-    }
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use crossbeam_channel::bounded;
     use std::net::Ipv4Addr;
+
+    impl LanLookups {
+        /// Panics if a table is larger than its bound.
+        pub fn assert_bounds(&self) {
+            assert!(self.len() <= MAX_LOOKUPS);
+            assert!(self.sent.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
+        }
+    }
 
     #[test]
     fn further_holder_takes_the_place_of_one_that_fails() {

@@ -82,7 +82,7 @@ mod tests {
         let addresses = [1, 2].map(|host| SocketAddr::from(([10, 0, 0, host], 12304)));
         let owe = |peers: &mut PeerTable, address, t| {
             let (peer, _) = peers.record_heard(address, MetBy::Query, t).unwrap();
-            peer.owe(&[1], Some(t), t);
+            peer.owe(&[1], true, t);
             let overdue = t + peer.due_after(None);
             peers.plan();
             overdue

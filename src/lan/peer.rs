@@ -300,20 +300,15 @@ impl LanPeer {
             && self.queries.is_behind(t)
             && self.dialect() != Dialect::HaveOnly;
         self.repeats.count += u32::from(is_late);
-        let added = self.owe(&lookups, Some(t), t);
+        let added = self.owe(&lookups, true, t);
         self.queries.record_sent(SentBatch { id, sent: t, lookups });
         added
     }
 
-    /// Records that the peer owes `lookups` answers. `sent` is when the query was sent, in lookup
-    /// time. It is `None` if the query is held back because the peer is behind. Returns the lookups
-    /// that the peer owed nothing before.
-    pub fn owe(
-        &mut self,
-        lookups: &[LookupId],
-        sent: Option<Instant>,
-        t: Instant,
-    ) -> Vec<LookupId> {
+    /// Records that the peer owes `lookups` answers. Unless `is_sent`, the query is held back because
+    /// the peer is behind. Returns the lookups that the peer owed nothing before.
+    pub fn owe(&mut self, lookups: &[LookupId], is_sent: bool, t: Instant) -> Vec<LookupId> {
+        let sent = is_sent.then_some(t);
         let mut added = Vec::new();
         for lookup in lookups {
             let owed = self.owed.entry(*lookup).or_insert_with(|| {
@@ -355,7 +350,7 @@ impl LanPeer {
     /// Records a *hello*. Returns whether its instance ID is new for this peer. Within
     /// [`HELLO_CHANGE`] of the last change a *hello* with a new ID is ignored, and the result is
     /// false.
-    pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
+    pub fn record_hello(&mut self, mut hello: Hello, now: Instant) -> bool {
         self.liveness.advance_probe(now);
         let is_other = self.hello().is_none_or(|old| old.instance != hello.instance);
         let changed = self.hello.map_or(now, |(_, changed)| changed);
@@ -364,11 +359,10 @@ impl LanPeer {
         }
         // Anybody can forge a hello. So a peer that understands batches goes on getting them until
         // it is silent.
-        let answers_batches = self.is_live() && self.dialect() == Dialect::Batches;
-        let (batches, crowded) =
-            if answers_batches { (true, false) } else { (hello.batches, hello.crowded) };
-        let changed = if is_other { now } else { changed };
-        self.hello = Some((Hello { batches, crowded, ..hello }, changed));
+        if self.is_live() && self.dialect() == Dialect::Batches {
+            (hello.batches, hello.crowded) = (true, false);
+        }
+        self.hello = Some((hello, if is_other { now } else { changed }));
         is_other
     }
 
@@ -476,8 +470,7 @@ impl LanPeer {
 
     /// Whether the peer has answered nothing since it was asked.
     fn has_answered_nothing(&self) -> bool {
-        let is_older = |since| self.queries.last_answer.is_none_or(|answer| answer < since);
-        self.oldest_owed().is_none_or(is_older)
+        self.oldest_owed().is_none_or(|since| self.queries.last_answer < Some(since))
     }
 
     /// Returns the path for which a *have-only* peer is asked before it becomes silent. `None` if
@@ -517,10 +510,14 @@ impl LanPeer {
 }
 
 #[cfg(test)]
-impl LanPeer {
-    /// Panics if the state of the peer is larger than its bound.
-    pub fn assert_bounds(&self) {
-        assert!(self.owed.len() <= super::lookups::MAX_LOOKUPS);
-        self.queries.assert_bounds();
+mod tests {
+    use super::*;
+
+    impl LanPeer {
+        /// Panics if the state of the peer is larger than its bound.
+        pub fn assert_bounds(&self) {
+            assert!(self.owed.len() <= super::super::lookups::MAX_LOOKUPS);
+            self.queries.assert_bounds();
+        }
     }
 }

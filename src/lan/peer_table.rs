@@ -167,10 +167,14 @@ impl PeerTable {
 }
 
 #[cfg(test)]
-impl PeerTable {
-    /// Panics if the table or the state of a peer is larger than its bound.
-    pub fn assert_bounds(&self) {
-        assert!(self.peers.len() <= MAX_PEERS);
-        self.peers.values().for_each(LanPeer::assert_bounds);
+mod tests {
+    use super::*;
+
+    impl PeerTable {
+        /// Panics if the table or the state of a peer is larger than its bound.
+        pub fn assert_bounds(&self) {
+            assert!(self.peers.len() <= MAX_PEERS);
+            self.peers.values().for_each(LanPeer::assert_bounds);
+        }
     }
 }

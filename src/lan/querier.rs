@@ -191,7 +191,7 @@ impl Querier {
         for address in live {
             let t = self.t;
             match self.peers.get_mut(address).filter(|peer| peer.is_held_back(t)) {
-                Some(peer) => self.lookups.record_asked(&peer.owe(&ids(batch), None, t)),
+                Some(peer) => self.lookups.record_asked(&peer.owe(&ids(batch), false, t)),
                 None => self.send_query(address, batch),
             }
         }
@@ -443,21 +443,31 @@ fn query(id: u32, batch: &[Wanted], dialect: Dialect, holders_only: bool) -> Pac
 }
 
 #[cfg(test)]
-impl Querier {
-    /// Panics if a table is larger than its bound, or if a search would be late.
-    pub(super) fn assert_bounds(&self) {
-        self.peers.assert_bounds();
-        self.lookups.assert_bounds();
-        let is_late = |next: Option<Instant>, planned: Option<Instant>| {
-            next.is_some_and(|next| planned.is_none_or(|planned| planned > next))
-        };
-        for (_, peer) in self.peers.iter() {
-            assert!(!is_late(peer.next_probe(), self.peers.next_probe), "a probe would be late");
-            assert!(!is_late(peer.repeat_at(), self.peers.next_repeat), "a repeat would be late");
-            assert!(
-                !is_late(peer.liveness.leaves_at(), self.peers.next_check),
-                "a wait would be long"
-            );
+mod tests {
+    use super::*;
+
+    impl Querier {
+        /// Panics if a table is larger than its bound, or if a search would be late.
+        pub fn assert_bounds(&self) {
+            self.peers.assert_bounds();
+            self.lookups.assert_bounds();
+            let is_late = |next: Option<Instant>, planned: Option<Instant>| {
+                next.is_some_and(|next| planned.is_none_or(|planned| planned > next))
+            };
+            for (_, peer) in self.peers.iter() {
+                assert!(
+                    !is_late(peer.next_probe(), self.peers.next_probe),
+                    "a probe would be late"
+                );
+                assert!(
+                    !is_late(peer.repeat_at(), self.peers.next_repeat),
+                    "a repeat would be late"
+                );
+                assert!(
+                    !is_late(peer.liveness.leaves_at(), self.peers.next_check),
+                    "a wait would be long"
+                );
+            }
         }
     }
 }

@@ -94,9 +94,13 @@ impl SentQueries {
 }
 
 #[cfg(test)]
-impl SentQueries {
-    /// Panics if more queries are remembered than the bound.
-    pub fn assert_bounds(&self) {
-        assert!(self.unanswered.len() <= MAX_SENT_BATCHES);
+mod tests {
+    use super::*;
+
+    impl SentQueries {
+        /// Panics if more queries are remembered than the bound.
+        pub fn assert_bounds(&self) {
+            assert!(self.unanswered.len() <= MAX_SENT_BATCHES);
+        }
     }
 }
