@@ -41,15 +41,15 @@ fn check(seed: u64) {
     let count = size(seed, &mut simulation);
     let nodes = simulation.add_all(Kind::Node, count);
     let asker = nodes[0];
-    simulation.loss =
+    simulation.network.loss =
         [0.0, 0.0, 0.01, 0.05, 0.1][usize::try_from(simulation.random.below(5)).unwrap()];
-    simulation.duplication = if simulation.random.chance(0.3) { 0.05 } else { 0.0 };
+    simulation.network.duplication = if simulation.random.chance(0.3) { 0.05 } else { 0.0 };
     // Delays vary by more than the time between packets, so packets overtake one another.
     let slow = simulation.random.chance(0.2);
     for node in &nodes {
         let high = if slow { 30 * MS } else { MS };
         let low = simulation.random.between(Duration::from_micros(30), high);
-        simulation.hosts[*node].latency = (low, low * 2);
+        simulation.hosts[*node].link.latency = (low, low * 2);
     }
     let holders = 1 + usize::try_from(simulation.random.below(3)).unwrap();
     let holders: Vec<usize> = nodes[1..].iter().copied().take(holders).collect();
@@ -67,14 +67,14 @@ fn check(seed: u64) {
     let warm_up: Vec<HashPart> = (0..WARM_UP).map(path).collect();
     simulation.ask(asker, warm_up, 5, warm, false);
     simulation.run(trouble);
-    let (before, packets) = (simulation.outcomes.len(), simulation.packets);
+    let (before, packets) = (simulation.clients.outcomes.len(), simulation.network.packets);
     let all: Vec<HashPart> = (0..PATHS).map(path).collect();
     let connections = 1 + u32::try_from(simulation.random.below(25)).unwrap();
     simulation.ask(asker, all, connections, trouble, false);
     simulation.run(trouble + 120 * SECOND);
 
-    let context = format!("seed {seed}: {count} nodes, loss {}, {what}", simulation.loss);
-    let ended = simulation.outcomes.len() - before;
+    let context = format!("seed {seed}: {count} nodes, loss {}, {what}", simulation.network.loss);
+    let ended = simulation.clients.outcomes.len() - before;
     assert!(ended as u64 >= PATHS, "{context}: {ended} lookups ended");
     assert!(
         simulation.slowest() <= longest() + own_pause,
@@ -87,7 +87,7 @@ fn check(seed: u64) {
     // Allows each lookup a batch of its own, with query, answer and six repeats. More packets are a
     // storm.
     let max = (PATHS + WARM_UP) * (count as u64 + 30) * 14 + 20_000 + 40 * (count * count) as u64;
-    let sent = simulation.packets - packets;
+    let sent = simulation.network.packets - packets;
     assert!(sent <= max, "{context}: {sent} packets");
 }
 

@@ -1,7 +1,7 @@
 //! Named situations with upper bounds of their cost, the same as in the model from which the rules
 //! of discovery come.
 
-use super::{Act, Kind, MS, PORT, SECOND, Simulation, US, path};
+use super::{Act, Kind, MS, PORT, SECOND, Simulation, US, ip_of, path};
 use crate::nix::HashPart;
 use crate::wire::{Hello, Packet};
 use std::net::SocketAddr;
@@ -40,7 +40,8 @@ fn no_wrong_miss(simulation: &Simulation) {
 
 /// Time from the first lookup to the last outcome.
 fn time_of(simulation: &Simulation) -> Duration {
-    let end = simulation.outcomes.iter().map(|outcome| outcome.began + outcome.elapsed).max();
+    let end =
+        simulation.clients.outcomes.iter().map(|outcome| outcome.began + outcome.elapsed).max();
     end.unwrap_or_default().saturating_sub(START)
 }
 
@@ -48,13 +49,13 @@ fn time_of(simulation: &Simulation) -> Duration {
 fn undisturbed_lookups_find_every_path_with_few_packets() {
     let (mut simulation, nodes) = thirty_two(1);
     simulation.run(START);
-    let before = simulation.packets;
-    simulation.think = NIX_PACE;
+    let before = simulation.network.packets;
+    simulation.clients.think = NIX_PACE;
     simulation.ask(nodes[0], all(), 25, START, false);
     simulation.run(60 * SECOND);
     no_wrong_miss(&simulation);
-    assert_eq!(simulation.outcomes.len() as u64, LOOKUPS);
-    let packets = simulation.packets - before;
+    assert_eq!(simulation.clients.outcomes.len() as u64, LOOKUPS);
+    let packets = simulation.network.packets - before;
     assert!(packets <= 30_000, "{packets} packets for {LOOKUPS} lookups among 32 nodes");
     assert!(simulation.slowest() < 100 * MS, "{:?}", simulation.slowest());
 }
@@ -72,7 +73,7 @@ fn late_peer_costs_one_wait_and_one_due_time_per_lookup() {
 #[test]
 fn slow_peer_without_paths_delays_lookups_by_one_due_time() {
     let (mut simulation, nodes) = thirty_two(3);
-    simulation.hosts[nodes[5]].latency = (50 * MS, 150 * MS);
+    simulation.hosts[nodes[5]].link.latency = (50 * MS, 150 * MS);
     simulation.ask(nodes[0], all(), 25, START, false);
     simulation.run(120 * SECOND);
     no_wrong_miss(&simulation);
@@ -121,11 +122,11 @@ fn datagrams_to_vanished_peers_do_not_displace_those_to_live_peers() {
         for node in nodes.iter().skip(2).take(vanishing).copied() {
             simulation.run_at(START + SECOND, move |simulation| simulation.vanish(node));
         }
-        simulation.think = NIX_PACE;
+        simulation.clients.think = NIX_PACE;
         simulation.ask(nodes[0], all(), 25, START, true);
         simulation.run(START + 10 * SECOND);
         no_wrong_miss(&simulation);
-        assert_eq!(simulation.dropped, 0, "datagrams that found the send buffer full");
+        assert_eq!(simulation.network.dropped, 0, "datagrams that found the send buffer full");
         assert!(simulation.slowest() < 100 * MS, "{:?}", simulation.slowest());
     }
 }
@@ -141,11 +142,11 @@ fn holder_not_used_before_is_found_among_vanished_peers() {
             (all()[..1500].to_vec(), all()[1500..].to_vec());
         simulation.hold(nodes[1], &early);
         simulation.hold(nodes[2], &late);
-        simulation.loss = 0.05;
+        simulation.network.loss = 0.05;
         for node in nodes[3..].iter().copied() {
             simulation.run_at(START + SECOND / 10, move |simulation| simulation.vanish(node));
         }
-        simulation.think = NIX_PACE;
+        simulation.clients.think = NIX_PACE;
         simulation.ask(nodes[0], early.into_iter().chain(late).collect(), 25, START, false);
         simulation.run(START + 60 * SECOND);
         no_wrong_miss(&simulation);
@@ -172,14 +173,14 @@ fn forged_hellos_delay_each_lookup_by_one_due_time() {
     simulation.ask(nodes[0], all(), 25, START, true);
     simulation.run(START + 10 * SECOND);
     no_wrong_miss(&simulation);
-    let rate = simulation.outcomes.len() / 10;
+    let rate = simulation.clients.outcomes.len() / 10;
     assert!(rate >= 300, "{rate} lookups a second");
 }
 
 #[test]
 fn forged_hellos_of_a_holder_do_not_disturb_lookups() {
     let (mut simulation, nodes) = thirty_two(11);
-    let (asker, forged) = (nodes[0], SocketAddr::new(simulation.hosts[nodes[1]].ip, PORT));
+    let (asker, forged) = (nodes[0], SocketAddr::new(ip_of(nodes[1]), PORT));
     for round in 0..100_u64 {
         // The hello claims a node that never says no, with a new instance ID each time.
         let hello = Hello {
@@ -195,7 +196,7 @@ fn forged_hellos_of_a_holder_do_not_disturb_lookups() {
             Act::Deliver { to: asker, from: forged, bytes },
         );
     }
-    simulation.think = NIX_PACE;
+    simulation.clients.think = NIX_PACE;
     simulation.ask(asker, all(), 25, START, true);
     simulation.run(START + 10 * SECOND);
     no_wrong_miss(&simulation);
@@ -211,7 +212,11 @@ fn paused_holder_is_waited_for() {
         simulation.ask(nodes[0], all(), 25, START, true);
         simulation.run(START + 6 * SECOND);
         no_wrong_miss(&simulation);
-        assert!(simulation.outcomes.len() > 1000, "{pause:?}: {}", simulation.outcomes.len());
+        assert!(
+            simulation.clients.outcomes.len() > 1000,
+            "{pause:?}: {}",
+            simulation.clients.outcomes.len()
+        );
     }
 }
 
@@ -234,7 +239,7 @@ fn ten_percent_loss_causes_no_wrong_miss() {
         let other: Vec<HashPart> =
             (0..LOOKUPS).filter(|number| number % 4 == 1).map(path).collect();
         simulation.hold(nodes[2], &other);
-        simulation.loss = 0.1;
+        simulation.network.loss = 0.1;
         simulation.ask(nodes[0], all(), 25, START, false);
         simulation.run(120 * SECOND);
         no_wrong_miss(&simulation);
@@ -275,7 +280,7 @@ fn paused_asker_does_not_give_up_holders() {
     simulation.ask(asker, all(), 25, START, true);
     simulation.run(START + 22 * SECOND);
     no_wrong_miss(&simulation);
-    assert!(simulation.outcomes.len() > 1000, "{}", simulation.outcomes.len());
+    assert!(simulation.clients.outcomes.len() > 1000, "{}", simulation.clients.outcomes.len());
 }
 
 #[test]
@@ -289,7 +294,7 @@ fn python_holder_among_new_nodes_is_found() {
         simulation.ask(nodes[0], paths, 25, START, false);
         simulation.run(120 * SECOND);
         no_wrong_miss(&simulation);
-        assert_eq!(simulation.outcomes.len(), 500);
+        assert_eq!(simulation.clients.outcomes.len(), 500);
     }
 }
 
@@ -318,7 +323,7 @@ fn first_lookup_after_a_common_start_finds_the_path() {
         simulation.ask(asker, vec![path(1)], 1, first, false);
         simulation.run(20 * SECOND);
         assert!(
-            simulation.outcomes[0].found,
+            simulation.clients.outcomes[0].found,
             "seed {seed}: holder started at {start:?}, lookup at {first:?}"
         );
     }
@@ -335,7 +340,8 @@ fn path_registered_after_a_no_is_found_at_once() {
         simulation.hold(holder, &[new]);
         simulation.ask(nodes[0], vec![new], 1, simulation.now, false);
         simulation.run(simulation.now + SECOND);
-        let found: Vec<bool> = simulation.outcomes.drain(..).map(|outcome| outcome.found).collect();
+        let found: Vec<bool> =
+            simulation.clients.outcomes.drain(..).map(|outcome| outcome.found).collect();
         assert_eq!(found, [false, true], "path {number}");
     }
 }
@@ -354,5 +360,5 @@ fn thirty_nodes_that_ask_at_once_find_everything() {
     }
     simulation.run(60 * SECOND);
     no_wrong_miss(&simulation);
-    assert_eq!(simulation.outcomes.len(), 30 * 300);
+    assert_eq!(simulation.clients.outcomes.len(), 30 * 300);
 }

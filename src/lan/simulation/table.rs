@@ -9,16 +9,16 @@ fn costs(count: usize) -> (u64, u64, Duration) {
     let mut simulation = Simulation::new(count as u64);
     let nodes = simulation.add_all(Kind::Node, count);
     simulation.run(3 * SECOND);
-    let (packets, bytes) = (simulation.packets, simulation.bytes);
-    simulation.think = super::scenes::NIX_PACE;
+    let (packets, bytes) = (simulation.network.packets, simulation.network.bytes);
+    simulation.clients.think = super::scenes::NIX_PACE;
     simulation.ask(nodes[0], (0..3000).map(path).collect(), 25, 3 * SECOND, false);
     simulation.run(100 * SECOND);
-    let costs = (simulation.packets - packets, simulation.bytes - bytes);
-    simulation.outcomes.clear();
+    let costs = (simulation.network.packets - packets, simulation.network.bytes - bytes);
+    simulation.clients.outcomes.clear();
     let now = simulation.now + Duration::from_millis(20);
     simulation.ask(nodes[0], vec![path(5000)], 1, now, false);
     simulation.run(now + SECOND);
-    (costs.0, costs.1, simulation.outcomes[0].elapsed)
+    (costs.0, costs.1, simulation.clients.outcomes[0].elapsed)
 }
 
 #[test]
