@@ -21,7 +21,7 @@ const FIRST_RETRY_PAUSE: Interval = Interval::from_secs(1);
 
 /// Longest wait for the store at the start, before lookups are answered with misses. It covers
 /// three tries, and a nix-daemon that starts at the same time.
-const FIRST_OPEN_TIMEOUT: Timeout = Timeout::from_secs(4);
+const FIRST_OPEN_TIMEOUT: Timeout = Timeout::from_secs(6);
 
 /// Opens Nix's database. If that fails for a time, or if systemd passed the sockets, answers misses
 /// until it succeeds. `None` if a signal came first.

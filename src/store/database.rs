@@ -339,8 +339,8 @@ pub struct StoreVersion {
 /// Version of the next count, over all connections.
 static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
 
-/// State of a file, to notice that it changes. Reading the database as immutable is correct if the
-/// write-ahead log is empty and this is equal before and after the read.
+/// State of the database's files. Reading the database as immutable is correct if the write-ahead
+/// log is empty and this is equal before and after the read.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct FileStamp {
     file: FileId,
@@ -349,28 +349,15 @@ pub(super) struct FileStamp {
     modified: Duration,
 }
 
-/// States of the database, its log and its index; `None` for missing files.
-pub(super) type DatabaseFiles = [Option<FileStamp>; 3];
-
 impl FileStamp {
-    /// Reads the state of the database; `None` if the write-ahead log is not empty or a file cannot
-    /// be examined.
+    /// Reads the state; `None` if the write-ahead log is not empty or a file cannot be examined.
     pub(super) fn observe(db: &Path) -> Option<Self> {
         match stat(beside(db, "-wal")) {
             Ok(wal) if wal.st_size == 0 => {}
             Err(rustix::io::Errno::NOENT) => {}
             _ => return None,
         }
-        FileStamp::of(db)
-    }
-
-    /// Reads the state of all files.
-    pub(super) fn of_all(db: &Path) -> DatabaseFiles {
-        [db.to_owned(), beside(db, "-wal"), beside(db, "-shm")].map(|file| FileStamp::of(&file))
-    }
-
-    fn of(file: &Path) -> Option<Self> {
-        let Stat { st_dev, st_ino, st_size, st_mtime, st_mtime_nsec, .. } = stat(file).ok()?;
+        let Stat { st_dev, st_ino, st_size, st_mtime, st_mtime_nsec, .. } = stat(db).ok()?;
         let modified = Duration::new(st_mtime.unsigned_abs(), u32::try_from(st_mtime_nsec).ok()?);
         Some(FileStamp { file: FileId(st_dev, st_ino), size: st_size, modified })
     }

@@ -17,7 +17,7 @@
 
 use super::{
     StoreError, daemon_socket,
-    database::{Database, DatabaseError, DatabaseFiles, FileId, FileStamp, OpenMode},
+    database::{Database, DatabaseError, FileId, FileStamp, OpenMode},
     path_info_cache::{CachedInfo, PathInfoCache},
 };
 use crate::lock::{Condvar, Mutex};
@@ -40,11 +40,11 @@ const DAEMON_TIMEOUT: Timeout = Timeout::from_secs(2);
 /// Least time between two attempts to wake nix-daemon.
 const DAEMON_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Time in which the state of the files can change if a process is about to open or close the
-/// database, which is preempted meanwhile. If it has not changed for this long, queries fail with
-/// [`StoreError::WalUnavailable`] until it changes.
+/// Time that a process can need to open or close the database if it is preempted meanwhile. If no
+/// query has succeeded for this long, queries fail with [`StoreError::WalUnavailable`] after one
+/// attempt.
 const TRANSITION_TIMEOUT: Timeout = Timeout::from_secs(1);
-/// Pause between two attempts to read the database in such a state.
+/// Pause between two attempts to read the database meanwhile.
 const TRANSITION_POLL: Duration = Duration::from_millis(2);
 
 /// Location of the database and of what belongs to it.
@@ -102,9 +102,16 @@ struct PoolState {
     file: Option<FileId>,
     file_checked: Option<Instant>,
     daemon_tried: Option<Instant>,
-    /// State of the files in which the last query failed, and when it was first seen.
-    transition: Option<(DatabaseFiles, Instant)>,
+    /// Attempts that failed since the last one that succeeded.
+    failing: Option<FailingAttempts>,
     open_method: Option<OpenMethod>,
+}
+
+/// Attempts to read the database that failed in a row.
+#[derive(Debug, Clone, Copy)]
+struct FailingAttempts {
+    first: Instant,
+    last: Instant,
 }
 
 impl ConnectionPool {
@@ -251,7 +258,7 @@ impl ConnectionPool {
     }
 
     /// Queries the database as immutable, or as soon as another process has it open. `None` if
-    /// neither is possible while its files stay as they are.
+    /// neither becomes possible in time.
     fn query_during_transition<T>(
         &self,
         lease: &mut ConnectionLease<'_>,
@@ -278,24 +285,23 @@ impl ConnectionPool {
             if let Some(result) = self.finish_attempt(answer, OpenMethod::Plain) {
                 return Some(result);
             }
-            if left(deadline).is_zero() || self.is_stuck(FileStamp::of_all(db)) {
+            if left(deadline).is_zero() || self.is_stuck(Instant::now()) {
                 return None;
             }
             thread::sleep(TRANSITION_POLL.min(left(deadline)));
         }
     }
 
-    /// Whether the files have been in this state, in which no query succeeds, for
+    /// Records a failed attempt at `now`. Returns whether all attempts have failed for
     /// [`TRANSITION_TIMEOUT`].
-    fn is_stuck(&self, files: DatabaseFiles) -> bool {
+    fn is_stuck(&self, now: Instant) -> bool {
+        let timeout = TRANSITION_TIMEOUT.get();
         let mut state = self.state.lock();
-        match &state.transition {
-            Some((seen, since)) if *seen == files => since.elapsed() >= TRANSITION_TIMEOUT.get(),
-            _ => {
-                state.transition = Some((files, Instant::now()));
-                false
-            }
-        }
+        // A failure long before says nothing about this one.
+        let failing = state.failing.filter(|failing| now - failing.last < timeout);
+        let first = failing.map_or(now, |failing| failing.first);
+        state.failing = Some(FailingAttempts { first, last: now });
+        now - first >= timeout
     }
 
     /// Converts the result of an attempt and records the method that succeeded. `None` if the
@@ -393,7 +399,7 @@ impl ConnectionPool {
 
     fn record_open_method(&self, method: OpenMethod) {
         let mut state = self.state.lock();
-        state.transition = None;
+        state.failing = None;
         let before = state.open_method.replace(method);
         drop(state);
         if before != Some(method) {
