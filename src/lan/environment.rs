@@ -56,7 +56,7 @@ pub struct StoreEnvironment {
 }
 
 impl StoreEnvironment {
-    /// Combines the parts. No query is answered once `leaving` is set.
+    /// Combines the parts. No query is answered once `is_stopping` is set.
     pub fn new(
         policy: Arc<AccessPolicy>,
         store: Arc<Store>,
