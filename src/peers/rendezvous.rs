@@ -120,10 +120,9 @@ fn meet(
     friends: &Arc<Friends>,
     (host, port): (Option<String>, u16),
 ) -> Option<IpAddr> {
-    let tracker =
-        url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
+    let tracker = http_client::authority(url);
     let (own, all) = (*friends.list().own(), friends.list().all());
-    let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, tracker)).collect();
+    let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, &tracker)).collect();
     let request = MeetRequest { port, addr: host.as_deref(), tags: &tags };
     let body = serde_json::to_vec(&request).ok()?;
     let answer = agent

@@ -17,7 +17,7 @@ use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
 use ureq::Agent;
-use ureq::http::{Response, Uri};
+use ureq::http::Response;
 
 /// Time limit of a call outside of lookups. No request of Nix waits for such a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -72,7 +72,7 @@ impl TrackerClient {
     /// Creates a client for the tracker at `url`, which must not end with a slash, and for the node
     /// `me`.
     pub(super) fn new(url: String, me: &NodeIdentity) -> Self {
-        let identity = me.identity.for_tracker(&authority(&url));
+        let identity = me.identity.for_tracker(&http_client::authority(&url));
         let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
         TrackerClient {
             url,
@@ -309,30 +309,6 @@ fn agent(idle: usize) -> Agent {
         .into()
 }
 
-/// Host and port of a URL; the whole text if it is not a valid URL.
-fn authority(url: &str) -> String {
-    let Ok(uri) = url.parse::<Uri>() else { return url.to_owned() };
-    let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
-    format!("{}:{port}", uri.host().unwrap_or_default().to_ascii_lowercase())
-}
-
 fn json(body: &impl serde::Serialize) -> Vec<u8> {
     serde_json::to_vec(body).expect("text and numbers are JSON")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn authority_is_host_and_port_of_url() {
-        for (url, name) in [
-            ("http://Tracker.example:12305", "tracker.example:12305"),
-            ("https://tracker.example", "tracker.example:443"),
-            ("http://tracker.example/path", "tracker.example:80"),
-            ("http://[2001:db8::1]:9", "[2001:db8::1]:9"),
-        ] {
-            assert_eq!(authority(url), name);
-        }
-    }
 }
