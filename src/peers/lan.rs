@@ -12,7 +12,7 @@ use super::concurrency_limit::ConcurrencyLimit;
 use super::discovery_lookup::DiscoveryLookup;
 use super::health::PeerHealth;
 use super::picker::HealthRank;
-use super::request_pool::RequestPool;
+use super::request_pool::{POOL_RETRY_DELAY, RequestPool};
 use crate::backoff;
 use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupUpdate, MAX_HOLDERS, Neighbour};
 use crate::nix::HashPart;
@@ -29,8 +29,6 @@ const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Minimum narinfo timeout of a holder that failed recently. Four times its latency applies if that
 /// is longer.
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(300);
-/// Delay before the next attempt while the request pool is full.
-const POOL_RETRY_DELAY: Duration = Duration::from_millis(2);
 /// First delay before a holder is asked again after a temporary failure: it was busy, broke or
 /// refused the connection, or did not accept it in time. The delay doubles. Retries end when
 /// discovery stops waiting.

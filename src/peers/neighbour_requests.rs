@@ -8,6 +8,7 @@ use super::client::{LogBody, PeerClient, PeerError};
 use super::discovery_lookup::DiscoveryLookup;
 use super::health::Eligibility;
 use super::lan::LanSource;
+use super::request_pool::POOL_RETRY_DELAY;
 use crate::lan::{LookupUpdate, Neighbour};
 use crate::nix::{DrvOutput, Realisation, StorePath};
 use crate::time_scale::Timeout;
@@ -25,8 +26,6 @@ const MAX_ASKED: usize = 256;
 const MAX_IN_FLIGHT: usize = 16;
 /// Largest number of holders that are asked for a log.
 const MAX_LOG_HOLDERS: usize = 4;
-/// Delay before the next attempt while the request pool is full.
-const POOL_RETRY_DELAY: Duration = Duration::from_millis(5);
 
 impl LanSource {
     /// Returns the first realisation of `id` for which `is_good` returns true. Blocks for 2 s at

@@ -12,7 +12,7 @@ use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::concurrency_limit::ConcurrencyLimit;
 use super::health::{Eligibility, PeerHealth, PeerKey};
-use super::request_pool::{RequestPool, RequestTarget};
+use super::request_pool::{POOL_RETRY_DELAY, RequestPool, RequestTarget};
 use crate::backoff;
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
@@ -27,7 +27,7 @@ use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tracker_lookups::{POOL_RETRY_DELAY, TrackerAnswer, TrackerLookups};
+use tracker_lookups::{TrackerAnswer, TrackerLookups};
 
 /// Time limit of a search on other networks. It covers the restart of a tracker, and after that a
 /// connection to a peer that loses a packet twice.

@@ -4,19 +4,16 @@ use super::link::FriendLink;
 use crate::lan::Holder;
 use crate::nix::HashPart;
 use crate::peers::client::{PeerError, PeerNarinfo};
-use crate::peers::request_pool::RequestPool;
+use crate::peers::request_pool::{POOL_RETRY_DELAY, RequestPool};
 use crate::time_scale::Timeout;
 use crate::wire::NodeKey;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Timeout of a narinfo request to a friend. A friend that exceeds it counts as unreachable.
 const NARINFO_TIMEOUT: Timeout = Timeout::from_secs(2);
-
-/// Delay before the next attempt while the request pool is full.
-const POOL_RETRY_DELAY: Duration = Duration::from_millis(2);
 
 /// Search for one path among the friends.
 pub struct FriendSearch {

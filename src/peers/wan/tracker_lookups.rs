@@ -3,7 +3,7 @@
 use super::addresses::{LocatedCandidate, resolve, split};
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
-use crate::peers::request_pool::{RequestPool, RequestTarget};
+use crate::peers::request_pool::{POOL_RETRY_DELAY, RequestPool, RequestTarget};
 use crate::peers::tracker::{LOOKUP_TIMEOUT, Tracker, TrackerError};
 use crate::resolver::NameResolver;
 use std::sync::Arc;
@@ -15,8 +15,6 @@ use std::time::{Duration, Instant};
 const HEDGE_DELAY: Duration = Duration::from_millis(300);
 /// Longest wait for the addresses of the host names in one list of candidates.
 pub(super) const NAMES_TIMEOUT: Duration = Duration::from_millis(500);
-/// Delay before the next attempt of a request that other requests block.
-pub(super) const POOL_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 /// Candidates of a tracker.
 pub(super) struct FoundCandidates {
