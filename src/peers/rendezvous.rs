@@ -220,14 +220,15 @@ mod tests {
         let places = [met("slow.example"), met("2001:db8::1"), met("fast.example")];
         let places: Vec<_> = places.iter().enumerate().collect();
         let of = |deadline| addresses(&names, places.clone(), deadline);
-        assert_eq!(of(Instant::now()), [(1, "[2001:db8::1]:7".parse().unwrap())]);
+        let numeric = (1, "[2001:db8::1]:7".parse().unwrap());
+        assert!(of(Instant::now()).contains(&numeric));
         is_asked.recv().unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         while of(Instant::now()).len() < 2 {
             assert!(Instant::now() < deadline, "the other name is not resolved");
             std::thread::sleep(Duration::from_millis(10));
         }
-        assert_eq!(of(Instant::now())[1], (2, "203.0.113.9:7".parse().unwrap()));
+        assert_eq!(of(Instant::now()), [numeric, (2, "203.0.113.9:7".parse().unwrap())]);
         drop(release);
         assert_eq!(of(deadline).len(), 3);
     }
