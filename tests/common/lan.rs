@@ -398,6 +398,11 @@ impl Namespace {
                 _ => "--pid",
             };
             command.arg(format!("{option}={}", self.file(kind)));
+            // Without this, a test in a chroot would run its programs on the machine around it,
+            // because the root of a mount namespace is not that of its processes.
+            if *kind == "mnt" {
+                command.arg(format!("--root=/proc/{}/root", self.pid()));
+            }
         }
         command
     }
