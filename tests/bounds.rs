@@ -713,7 +713,7 @@ fn bye_counts_only_from_its_peer_and_if_that_falls_silent() {
     asker.net("ip addr add 203.0.113.1/24 dev eth0");
     other.net("ip addr add 203.0.113.2/24 dev eth0");
     let _daemon = Daemon::start(&asker, &[]);
-    let bind = |host: &Host, ip: Ipv4Addr| host.in_net(|| UdpSocket::bind((ip, PORT)).unwrap());
+    let bind = |host: &Host, ip: Ipv4Addr| host.bind(|| UdpSocket::bind((ip, PORT)));
     // A socket that is bound to its address receives no broadcasts, so only unicast queries arrive.
     let socket = bind(&peer, peer.address);
     let send = |from: &UdpSocket, packet: &Packet| {

@@ -231,8 +231,10 @@ fn ipv6_pinhole_admits_friend_until_daemon_stops() {
     scene.next_door.net("ip -6 route add default via 2001:db8:5::7");
     let pinhole: SocketAddr = "[2001:db8:1::1]:12306".parse().unwrap();
     // Without a pinhole, the router rejects connections to a listening port.
-    let listener = scene.home.in_net(|| std::net::TcpListener::bind(("::", 12306)).unwrap());
+    let listener = scene.home.bind(|| std::net::TcpListener::bind(("::", 12306)));
     assert!(scene.next_door.connect(pinhole).is_err(), "the router lets everybody in");
+    // A program that another test starts may still have a copy of the listener.
+    rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
     drop(listener);
 
     let mut home = scene.start(&scene.home, &scene.laptop, &["--map-port"]);

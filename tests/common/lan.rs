@@ -1,11 +1,11 @@
 //! Hosts, the switches that join them, and the namespaces behind both.
 
-use super::{DEADLINE, directory, process::Process, thread};
+use super::{DEADLINE, directory, process::Process, thread, wait_for};
 use peerix::time_scale::{INTERVAL_SCALE, TIMEOUT_SCALE};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -286,26 +286,35 @@ impl Host {
         })
     }
 
+    /// Binds a socket in this host's network, once its port is free. After the test has closed a
+    /// socket, its port stays in use while another thread starts a program: until it executes that
+    /// program, the new process has copies of all sockets of this one.
+    pub fn bind<T: Send>(&self, bind: impl Fn() -> io::Result<T> + Sync) -> T {
+        wait_for("a free port", || match self.in_net(&bind) {
+            Err(e) if e.kind() == ErrorKind::AddrInUse => None,
+            bound => Some(bound.expect("the host has this address")),
+        })
+    }
+
     /// Connects from this host. Times out after [`DEADLINE`].
-    pub fn connect(&self, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream> {
+    pub fn connect(&self, to: impl Into<SocketAddr>) -> io::Result<TcpStream> {
         let to = to.into();
         self.in_net(|| TcpStream::connect_timeout(&to, DEADLINE))
     }
 
     /// Connects from this host to its own peerix, as the local Nix does.
-    pub fn connect_local(&self) -> std::io::Result<TcpStream> {
+    pub fn connect_local(&self) -> io::Result<TcpStream> {
         self.connect((IpAddr::from(Ipv4Addr::LOCALHOST), super::PORT))
     }
 
     /// A listener on all IPv4 addresses of this host.
     pub fn listen(&self, port: u16) -> TcpListener {
-        self.in_net(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"))
+        self.bind(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
     }
 
     /// A UDP socket on all IPv4 addresses of this host, with permission to broadcast.
     pub fn udp(&self, port: u16) -> UdpSocket {
-        let socket = self
-            .in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"));
+        let socket = self.bind(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)));
         socket.set_broadcast(true).expect("a socket may broadcast");
         socket
     }
@@ -398,8 +407,8 @@ impl Namespace {
                 _ => "--pid",
             };
             command.arg(format!("{option}={}", self.file(kind)));
-            // Without this, a test in a chroot would run its programs on the machine around it,
-            // because the root of a mount namespace is not that of its processes.
+            // `nsenter --mount` alone enters the root of the mount namespace. For a test in a
+            // chroot, that is the machine outside the chroot.
             if *kind == "mnt" {
                 command.arg(format!("--root=/proc/{}/root", self.pid()));
             }

@@ -4,9 +4,11 @@ use super::thread::test_name;
 use super::{directory, last_lines, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
+use std::panic;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 
 /// A running process. Dropping it kills it.
 pub struct Process {
@@ -144,6 +146,10 @@ impl Drop for Logged {
         if panicked || std::thread::panicking() {
             eprintln!("---- {}: log of {}\n{}", test_name(), self.name, last_lines(&self.log()));
             eprintln!("---- all of it: {}", self.log.display());
+            // Again after the logs, because some viewers show only the end of the output.
+            for message in panic_messages() {
+                eprintln!("---- {message}");
+            }
         } else {
             let _ = fs::remove_file(&self.log);
         }
@@ -151,9 +157,33 @@ impl Drop for Logged {
     }
 }
 
+/// Test and message of each panic since the first process was started.
+static PANICS: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+
+/// Records the messages of panics in [`PANICS`] from now on.
+fn record_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let print = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            print(panic);
+            let mut panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner);
+            panics.push((test_name(), panic.to_string()));
+        }));
+    });
+}
+
+/// Messages of the panics of this test.
+fn panic_messages() -> Vec<String> {
+    let panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner);
+    let own = panics.iter().filter(|(test, _)| *test == test_name());
+    own.map(|(_, message)| message.clone()).collect()
+}
+
 /// Creates a log file. Its name begins with that of the test.
 fn log_file(name: &str) -> (File, PathBuf) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
+    record_panics();
     let logs = directory().join("log");
     fs::create_dir_all(&logs).expect("a directory for logs");
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
