@@ -184,7 +184,7 @@ impl Api {
         }
     }
 
-    fn announce(&self, body: &Announce, from: IpAddr, is_forwarded: bool) -> ApiResult {
+    fn announce(&self, body: &Announce, from: IpAddr, is_client_hidden: bool) -> ApiResult {
         let (Some(id), Some(port)) = (non_empty(&body.peer_id), body.port) else {
             return Err(ApiError::new(400, "peer_id and port required"));
         };
@@ -192,7 +192,7 @@ impl Api {
         if port == 0 {
             return Err(ApiError::new(400, "port: not from 1 to 65535"));
         }
-        let addr = announced_addr(&body.addr, from, is_forwarded)?;
+        let addr = announced_addr(&body.addr, from, is_client_hidden)?;
         let signed = body.addr.as_deref().unwrap_or_default();
         let signed_text = SignedText::Announce { peer_id: id, port, addr: signed };
         let now = TrackerTime::now();
@@ -207,9 +207,8 @@ impl Api {
             body.instance,
             reputation,
             now,
-        );
-        let outcome = outcome.map_err(|e| (e, now))?;
-        self.follow_announce(id, address, &outcome);
+        )?;
+        self.after_announce(id, address, &outcome);
         if claim.is_none() {
             return status("ok");
         }
@@ -234,13 +233,14 @@ impl Api {
         now: TrackerTime,
     ) -> Result<(Option<Claim>, bool), ApiError> {
         let claim = claim(proof)?;
-        let known = self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
+        let known = self.table.check(id, claim.as_ref(), now)?;
         verify(proof, signed_text)?;
         Ok((claim, known))
     }
 
-    /// Does what an announce requires beyond the table. Does not block.
-    fn follow_announce(&self, id: &str, address: PeerAddress, outcome: &AnnounceOutcome) {
+    /// Passes an announce that the table accepted to the database and to the reachability tests.
+    /// Does not block.
+    fn after_announce(&self, id: &str, address: PeerAddress, outcome: &AnnounceOutcome) {
         if outcome.first_today {
             self.database.record_seen(id);
         }
@@ -267,15 +267,15 @@ impl Api {
                 KnownIdentity { key: Some(_), .. } => ClaimRefusal::Bound,
             },
         };
-        Err((refusal, TrackerTime::now()).into())
+        Err(refusal.into())
     }
 
-    fn meet(&self, body: &MeetBody, from: IpAddr, is_forwarded: bool) -> ApiResult {
+    fn meet(&self, body: &MeetBody, from: IpAddr, is_client_hidden: bool) -> ApiResult {
         if body.port == Some(0) {
             return Err(ApiError::new(400, "port: not from 1 to 65535"));
         }
         // A node at which nobody would be found only learns where its friends are.
-        let addr = reachable_addr(&body.addr, from, is_forwarded)?;
+        let addr = reachable_addr(&body.addr, from, is_client_hidden)?;
         let own = body.port.zip(addr).map(|(port, addr)| MeetingPlace { addr, port });
         let met = self.meetings.meet(&body.tags, own.as_ref(), from, Instant::now());
         json(&met.map_err(|why| ApiError::new(400, why))?)
@@ -287,7 +287,7 @@ impl Api {
         let now = TrackerTime::now();
         let (claim, _) =
             self.check_proof(id, &body.proof, &SignedText::Leave { peer_id: id }, now)?;
-        self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
+        self.table.leave(id, claim.as_ref(), from, now)?;
         self.database.remove_live(vec![id.into()], self.table.clone());
         log::debug!("{id} leaves");
         status("ok")
@@ -303,8 +303,7 @@ impl Api {
             return Err(ApiError::new(400, "body: of a size that filters do not have"));
         }
         // All checks that need no body come first, so that refused uploads are not read.
-        let before = TrackerTime::now();
-        self.table.may_publish(id, &claim, before).map_err(|e| (e, before))?;
+        self.table.may_publish(id, &claim, TrackerTime::now())?;
         let uploads = self.uploads.fetch_add(1, Ordering::Relaxed);
         defer! {
             self.uploads.fetch_sub(1, Ordering::Relaxed);
@@ -323,7 +322,7 @@ impl Api {
             ));
         }
         let (now, bits) = (TrackerTime::now(), filter.as_bytes().to_vec());
-        self.table.publish(id, &claim, filter, now).map_err(|e| (e, now))?;
+        self.table.publish(id, &claim, filter, now)?;
         self.database.record_filter(id, claim.timestamp, bits);
         log::debug!("{id} publishes a filter of {} bytes", request.body_len);
         status("ok")
@@ -418,7 +417,7 @@ impl Api {
         let now = TrackerTime::now();
         let (claim, _) = self.check_proof(id, &body.proof, &signed_text, now)?;
         if let Some(claim) = &claim {
-            self.table.record_known_claim(id, claim, now).map_err(|e| (e, now))?;
+            self.table.record_known_claim(id, claim, now)?;
         }
         let key = claim.map(|claim| claim.key);
         let network = address::network(from);
@@ -437,7 +436,7 @@ impl Api {
             ReportOutcome::SameSideAgain => {
                 Err(ApiError::new(409, format!("{side} already reported")))
             }
-            ReportOutcome::Unproven => Err((ClaimRefusal::Bound, now).into()),
+            ReportOutcome::Unproven => Err(ClaimRefusal::Bound.into()),
         }
     }
 }

@@ -2,6 +2,9 @@
 
 use std::time::{Instant, SystemTime};
 
+/// Milliseconds of a day.
+const DAY_MS: u64 = 24 * 3600 * 1000;
+
 /// A point in time on two clocks.
 #[derive(Debug, Clone, Copy)]
 pub struct TrackerTime {
@@ -12,6 +15,11 @@ pub struct TrackerTime {
 }
 
 impl TrackerTime {
+    /// Days since 1970.
+    pub fn day(self) -> u64 {
+        self.ms / DAY_MS
+    }
+
     /// The current time.
     pub fn now() -> TrackerTime {
         // The monotonic clock is read first. If the thread is delayed between the two reads, the

@@ -10,8 +10,8 @@ use rusqlite::{Connection, OptionalExtension, Params, Result, params};
 use schema::MAX_COLUMN;
 use std::collections::HashSet;
 use std::path::Path;
-use transfer::StoredTransfer;
 pub use transfer::{ReportOutcome, SideReport};
+use transfer::{StoredTransfer, sizes_agree};
 
 /// Maximum number of bound IDs, about 200 MB. At the bound, no further ID is bound until others are
 /// forgotten.
@@ -336,8 +336,8 @@ impl TrackerDatabase {
         if !transfer.resolved {
             return Ok(ReportOutcome::Pending);
         }
-        let consistent = transfer.reports_agree();
         let StoredTransfer { sender, receiver, .. } = transfer;
+        let consistent = sizes_agree(sender.bytes, receiver.bytes);
         // Identities cost nothing. So unsigned reports, and those of two peers in one network, do
         // not change a reputation.
         if sender.network == receiver.network

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 /// Maximum number of waiting jobs: one for each possible connection. At the bound, callers that
@@ -120,10 +120,11 @@ impl DatabaseThread {
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<(DatabaseThread, Vec<PersistedPeer>), String> {
         let mut database = TrackerDatabase::open(path)?;
-        let present = database.live_peers(TrackerTime::now().ms);
-        let present = present
-            .and_then(|present| database.record_alive(TrackerTime::now().ms).map(|()| present));
-        let present = present.map_err(|e| format!("database {}: {e}", path.display()))?;
+        let now = TrackerTime::now().ms;
+        let present = database
+            .live_peers(now)
+            .and_then(|present| database.record_alive(now).map(|()| present))
+            .map_err(|e| format!("database {}: {e}", path.display()))?;
         let dir = path
             .parent()
             .filter(|dir| !dir.as_os_str().is_empty())
@@ -326,15 +327,15 @@ impl Drop for DatabaseThread {
 
 /// Days since 1970.
 fn today() -> i64 {
-    (seconds() / 86_400.0) as i64
+    TrackerTime::now().day() as i64
 }
 
 /// Seconds since 1970.
 fn seconds() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    TrackerTime::now().ms as f64 / 1000.0
 }
 
-/// What the database thread works with.
+/// State of the database thread.
 struct DatabaseLoop<F> {
     database: TrackerDatabase,
     stats: Arc<DatabaseStats>,

@@ -29,8 +29,8 @@ impl Reputation {
         format!("{:.4}", self.score()).parse().unwrap_or_default()
     }
 
-    /// Returns the later one of two reputations of a peer, of which updates may arrive in any
-    /// order: counts only grow.
+    /// Returns the newer of two reputations of one peer: the one with more transfers, as counts
+    /// only grow. Updates may arrive in any order.
     pub fn newest(self, other: Reputation) -> Reputation {
         if other.successful + other.failed > self.successful + self.failed { other } else { self }
     }

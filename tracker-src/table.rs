@@ -336,7 +336,7 @@ impl TrackerTable {
     /// Returns the best `max` live peers.
     pub fn best_peers(&self, max: usize, now: TrackerTime) -> Vec<PeerRow> {
         let peers = &self.state.read().peers;
-        let best = peers.ranked.iter().filter_map(|rank| peers.live(rank.slot, now.at));
+        let best = peers.ranked.iter().filter_map(|rank| peers.live_peer_in(rank.slot, now.at));
         best.take(max)
             .map(|peer| PeerRow {
                 peer_id: peer.id.clone(),
@@ -358,7 +358,7 @@ impl TrackerTable {
             let peers = &mut self.state.write().peers;
             for slot in slots {
                 // The peer may have announced itself since.
-                if peers.live(*slot, now.at).is_some() {
+                if peers.live_peer_in(*slot, now.at).is_some() {
                     continue;
                 }
                 let Some(peer) = peers.remove(*slot) else { continue };
@@ -378,7 +378,7 @@ impl TrackerTable {
         let peers = &self.state.read().peers;
         TableCounts {
             peers: peers.len(),
-            with_filter: peers.with_filter,
+            with_filter: peers.with_filter(),
             filter_bytes: self.bloom_index.bytes(),
         }
     }
@@ -484,7 +484,10 @@ mod tests {
                 assert_eq!(table.counts().peers, 0);
             }
             let again = table.announce("a", at(1), Some(&said), None, None, now);
-            assert!(matches!(again, Err(ClaimRefusal::Time(_))), "after {seconds} s: {again:?}");
+            assert!(
+                matches!(again, Err(ClaimRefusal::Time { .. })),
+                "after {seconds} s: {again:?}"
+            );
         }
         assert!(!table.state.read().identities.contains("a"), "and then it is forgotten");
     }
@@ -497,10 +500,10 @@ mod tests {
         let time = |timestamp: u64| table.check("a", Some(&Claim { key: [1; 32], timestamp }), now);
         assert!(time(now.ms - CLOCK_SKEW_MS).is_ok() && time(now.ms + CLOCK_SKEW_MS).is_ok());
         for wrong in [0, now.ms - CLOCK_SKEW_MS - 1, now.ms + CLOCK_SKEW_MS + 1, u64::MAX] {
-            assert!(matches!(time(wrong), Err(ClaimRefusal::Time(_))), "{wrong}");
+            assert!(matches!(time(wrong), Err(ClaimRefusal::Time { .. })), "{wrong}");
         }
         table.announce("a", at(1), Some(&by(1, now)), None, None, now).unwrap();
-        assert!(matches!(time(now.ms), Err(ClaimRefusal::Time(_))));
+        assert!(matches!(time(now.ms), Err(ClaimRefusal::Time { .. })));
         assert_eq!(time(now.ms + 1), Ok(true));
         assert_eq!(table.check("a", None, now), Err(ClaimRefusal::Bound));
         assert_eq!(table.announce("a", at(9), None, None, None, now), Err(ClaimRefusal::Bound));
@@ -510,7 +513,7 @@ mod tests {
         // A former process may have accepted requests from before this start.
         let young = TrackerTable::new(now, 1 << 30);
         let before = Claim { key: [1; 32], timestamp: now.ms - 1 };
-        assert!(matches!(young.check("a", Some(&before), now), Err(ClaimRefusal::Time(_))));
+        assert!(matches!(young.check("a", Some(&before), now), Err(ClaimRefusal::Time { .. })));
     }
 
     /// The machine starts with a wrong clock, and a time service then sets it.
@@ -529,9 +532,9 @@ mod tests {
             let set = after(right, 20);
             table.announce("a", at(1), Some(&by(1, set)), None, None, set).unwrap();
             let again = table.announce("a", at(1), Some(&by(1, set)), None, None, set);
-            assert!(matches!(again, Err(ClaimRefusal::Time(_))), "{again:?}");
+            assert!(matches!(again, Err(ClaimRefusal::Time { .. })), "{again:?}");
             let before = Claim { key: [1; 32], timestamp: right.ms - 1 };
-            assert!(matches!(table.check("b", Some(&before), set), Err(ClaimRefusal::Time(_))));
+            assert!(matches!(table.check("b", Some(&before), set), Err(ClaimRefusal::Time { .. })));
         }
     }
 
@@ -553,7 +556,7 @@ mod tests {
         table.publish("keyed", &by(1, later), filter(1), later).unwrap();
         assert!(matches!(
             table.leave("keyed", Some(&by(1, later)), elsewhere, later),
-            Err(ClaimRefusal::Time(_))
+            Err(ClaimRefusal::Time { .. })
         ));
         let later = after(start, 2);
         assert_eq!(table.leave("keyed", Some(&by(1, later)), elsewhere, later), Ok(()));
@@ -799,7 +802,7 @@ mod tests {
         assert_eq!(names(&table.lookup(&part(7), start).candidates), ["a"]);
         assert_eq!(table.counts().peers, 3);
         let before = Claim { key: [1; 32], timestamp: start.ms - 1 };
-        assert!(matches!(table.check("a", Some(&before), start), Err(ClaimRefusal::Time(_))));
+        assert!(matches!(table.check("a", Some(&before), start), Err(ClaimRefusal::Time { .. })));
         assert_eq!(table.check("a", None, start), Err(ClaimRefusal::Bound));
         assert_eq!(table.check("a", Some(&by(2, start)), start), Err(ClaimRefusal::OtherKey));
         let now = after(start, 1);

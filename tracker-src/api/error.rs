@@ -1,6 +1,5 @@
 //! Why requests fail, and with which status that is answered.
 
-use crate::clock::TrackerTime;
 use crate::db_thread::DatabaseUnavailable;
 use crate::reachability::ClientTestRefusal;
 use crate::table::ClaimRefusal;
@@ -94,12 +93,14 @@ impl From<ClientTestRefusal> for ApiError {
     }
 }
 
-impl From<(ClaimRefusal, TrackerTime)> for ApiError {
-    fn from((refused, now): (ClaimRefusal, TrackerTime)) -> Self {
-        match refused {
+impl From<ClaimRefusal> for ApiError {
+    fn from(refusal: ClaimRefusal) -> Self {
+        match refusal {
             ClaimRefusal::Bound => ApiError::new(403, "peer_id: bound to a key, which has to sign"),
             ClaimRefusal::OtherKey => ApiError::new(403, "peer_id: bound to another key"),
-            ClaimRefusal::Time(why) => ApiError { now: Some(now.ms), ..ApiError::new(403, why) },
+            ClaimRefusal::Time { why, now_ms } => {
+                ApiError { now: Some(now_ms), ..ApiError::new(403, why) }
+            }
             ClaimRefusal::NotHere => ApiError::new(404, "announce first"),
             ClaimRefusal::OtherAddress => {
                 ApiError::new(403, "peer_id: announced from another address")

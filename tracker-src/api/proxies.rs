@@ -18,20 +18,21 @@ impl TrustedProxies {
     /// Whether the request came through a proxy and the client's address is unknown.
     pub(super) fn is_client_hidden(&self, request: &Request<'_>) -> bool {
         self.reported_client(request).is_none()
-            && (self.sent(request) || PROXY_FIELDS.iter().any(|field| request.has(field)))
+            && (self.is_sender(request) || PROXY_FIELDS.iter().any(|field| request.has(field)))
     }
 
     /// The client's address according to a trusted proxy: the last one in `X-Forwarded-For`, which
     /// the proxy itself added. The client may have forged what precedes it.
     fn reported_client(&self, request: &Request<'_>) -> Option<IpAddr> {
-        if !self.sent(request) {
+        if !self.is_sender(request) {
             return None;
         }
         let last = request.last_field("X-Forwarded-For")?.rsplit(',').next()?;
         last.trim().parse().ok().map(|client: IpAddr| client.to_canonical())
     }
 
-    fn sent(&self, request: &Request<'_>) -> bool {
+    /// Whether a trusted proxy sent the request.
+    fn is_sender(&self, request: &Request<'_>) -> bool {
         self.0.contains(&request.peer_address.ip().to_canonical())
     }
 }

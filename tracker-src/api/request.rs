@@ -86,14 +86,14 @@ pub(super) fn verify(proof: &Proof, signed_text: &SignedText<'_>) -> Result<(), 
 pub(super) fn reachable_addr(
     addr: &Option<String>,
     from: IpAddr,
-    is_forwarded: bool,
+    is_client_hidden: bool,
 ) -> Result<Option<String>, ApiError> {
     match non_empty(addr) {
         Some(addr) => {
             address::check(addr).map_err(|why| ApiError::new(400, why))?;
             Ok(Some(addr.to_owned()))
         }
-        None => Ok((!is_forwarded && can_be_peer(from)).then(|| from.to_string())),
+        None => Ok((!is_client_hidden && can_be_peer(from)).then(|| from.to_string())),
     }
 }
 
@@ -104,10 +104,10 @@ pub(super) fn reachable_addr(
 pub(super) fn announced_addr(
     addr: &Option<String>,
     from: IpAddr,
-    is_forwarded: bool,
+    is_client_hidden: bool,
 ) -> Result<String, ApiError> {
-    reachable_addr(addr, from, is_forwarded)?.ok_or_else(|| {
-        let why = if is_forwarded {
+    reachable_addr(addr, from, is_client_hidden)?.ok_or_else(|| {
+        let why = if is_client_hidden {
             "the request came through a proxy; set --announce-addr, or --proxy of the tracker"
         } else {
             "no other peer can reach the request's source; set --announce-addr"
@@ -123,9 +123,9 @@ mod tests {
     #[test]
     fn reachable_addr_is_never_that_of_proxy_or_of_no_peer() {
         let source = IpAddr::from([203, 0, 113, 7]);
-        let of = |addr: Option<&str>, from, is_forwarded| {
+        let of = |addr: Option<&str>, from, is_client_hidden| {
             let addr = addr.map(str::to_owned);
-            reachable_addr(&addr, from, is_forwarded).map_err(|refused| refused.status)
+            reachable_addr(&addr, from, is_client_hidden).map_err(|refused| refused.status)
         };
         assert_eq!(of(None, source, false), Ok(Some("203.0.113.7".into())));
         assert_eq!(of(Some(""), source, false), Ok(Some("203.0.113.7".into())));

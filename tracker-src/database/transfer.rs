@@ -46,15 +46,17 @@ pub enum ReportOutcome {
 /// One side of a stored transfer.
 pub(super) struct TransferSide {
     pub(super) peer_id: String,
-    /// Bytes that it has reported; 0 before.
+    /// Bytes according to its report; 0 without a report.
     pub(super) bytes: u64,
     has_reported: bool,
-    /// The network from which its report came, in hexadecimal digits; empty before.
+    /// The network from which its report came, in hexadecimal digits; empty without a
+    /// report.
     pub(super) network: String,
 }
 
 impl TransferSide {
-    /// Reads a side from four columns of a row, of which `first` is the first.
+    /// Reads a side from four consecutive columns, starting at `first`: peer ID, bytes, whether it
+    /// has reported, network.
     fn read(row: &Row<'_>, first: usize) -> Result<TransferSide> {
         let bytes: Option<i64> = row.get(first + 1)?;
         let network: Option<String> = row.get(first + 3)?;
@@ -137,15 +139,10 @@ impl StoredTransfer {
         let values = params![bytes, self.resolved, side.network, self.id];
         db.prepare_cached(sql)?.execute(values).map(drop)
     }
-
-    /// Whether the reports of both sides agree: their sizes differ by at most 5 % of the greater.
-    pub(super) fn reports_agree(&self) -> bool {
-        sizes_agree(self.sender.bytes, self.receiver.bytes)
-    }
 }
 
 /// Whether two reported sizes differ by at most 5 % of the greater.
-fn sizes_agree(a: u64, b: u64) -> bool {
+pub(super) fn sizes_agree(a: u64, b: u64) -> bool {
     u128::from(a.abs_diff(b)) * u128::from(TOLERANCE_DIVISOR) <= u128::from(a.max(b))
 }
 

@@ -15,13 +15,13 @@ const MAX_EXAMINED: usize = 256;
 /// new peers without reputation are asked, too.
 const BEST_OTHERS: usize = MAX_OTHERS / 2;
 
-/// Returns the best [`MAX_CANDIDATES`] of the live peers in `slots`, whose filters have a path, best
-/// first. `salt` belongs to the path.
+/// Returns the best [`MAX_CANDIDATES`] of the live peers in `slots`, best first. The filters of all
+/// these peers match the path. `salt` is derived from the path.
 pub(super) fn with_path(peers: &Peers, slots: Vec<u32>, salt: u64, now: Instant) -> Vec<Candidate> {
     let mut ranked: Vec<(CandidateRank, &PeerEntry)> = slots
         .into_iter()
         .filter_map(|slot| {
-            let peer = peers.live(slot, now)?;
+            let peer = peers.live_peer_in(slot, now)?;
             // The order of peers with equal scores depends on the path, so that they share the
             // load.
             let tie_break = (peer.sequence ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -44,15 +44,17 @@ pub(super) fn with_path(peers: &Peers, slots: Vec<u32>, salt: u64, now: Instant)
 }
 
 /// Returns at most [`MAX_OTHERS`] live peers without a filter, best first: the best ones, and some
-/// that `turn` determines, which belongs to the path.
+/// that take turns. `turn` is derived from the path and determines which.
 pub(super) fn others(peers: &Peers, turn: u64, now: Instant) -> Vec<Candidate> {
-    let best = || peers.others.iter().filter_map(|rank| Some((*rank, peers.live(rank.slot, now)?)));
+    let best = || {
+        peers.others.iter().filter_map(|rank| Some((*rank, peers.live_peer_in(rank.slot, now)?)))
+    };
     if peers.others.len() <= MAX_OTHERS {
         return best().map(|(_, peer)| peer.candidate()).collect();
     }
-    // From one on that the path determines. At the end they begin again, once.
+    // The turns start at a sequence number that the path determines, and wrap around once.
     let turns = peers.turns.range(turn % peers.next_sequence.max(1)..).chain(&peers.turns);
-    let rank = |slot: u32| peers.live(slot, now).map(|peer| (peer.rank(slot), peer));
+    let rank = |slot: u32| peers.live_peer_in(slot, now).map(|peer| (peer.rank(slot), peer));
     let in_turn = || turns.clone().filter_map(|(_, slot)| rank(*slot)).take(MAX_EXAMINED);
     let mut networks = HashSet::new();
     let mut is_new = |(_, peer): &(CandidateRank, &PeerEntry)| networks.insert(peer.network());

@@ -16,9 +16,6 @@ const MAX_KNOWN_IDENTITIES: usize = 2 * MAX_PEERS;
 /// time. Requests beyond the bound are refused.
 pub(super) const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
 
-/// Milliseconds of a day. The database is told once a day that an ID is in use.
-const DAY_MS: u64 = 24 * 3600 * 1000;
-
 /// Key and time of a signed request. The caller checks the signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
@@ -35,8 +32,13 @@ pub enum ClaimRefusal {
     Bound,
     /// The ID is bound to another key.
     OtherKey,
-    /// The request's time is out of range, for this reason.
-    Time(&'static str),
+    /// The request's time is out of range.
+    Time {
+        /// The reason.
+        why: &'static str,
+        /// The tracker's time, in milliseconds since 1970.
+        now_ms: u64,
+    },
     /// The peer is not live, or has no key.
     NotHere,
     /// The request is not signed, and came from another address than the announce.
@@ -82,7 +84,7 @@ impl Identities {
 
     /// Adds an ID that was bound before the tracker's start.
     pub(super) fn restore(&mut self, id: Arc<str>, key: [u8; 32], now: TrackerTime) {
-        self.by_id.insert(id, BoundIdentity { key, timestamp: 0, day: now.ms / DAY_MS });
+        self.by_id.insert(id, BoundIdentity { key, timestamp: 0, day: now.day() });
     }
 
     /// Checks whether a request for the ID with this claim is to be accepted.
@@ -104,15 +106,14 @@ impl Identities {
             _ => {}
         }
         let Some(claim) = claim else { return Ok(()) };
+        let refusal = |why| Err(ClaimRefusal::Time { why, now_ms: now.ms });
         if claim.timestamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
-            return Err(ClaimRefusal::Time(
-                "timestamp: not within 5 minutes of the tracker's clock",
-            ));
+            return refusal("timestamp: not within 5 minutes of the tracker's clock");
         }
         // Computed from the current clock, which may have been set since the start.
         let running = now.at.saturating_duration_since(self.start.at).as_millis() as u64;
         if claim.timestamp < now.ms.saturating_sub(running) {
-            return Err(ClaimRefusal::Time("timestamp: earlier than the tracker's start"));
+            return refusal("timestamp: earlier than the tracker's start");
         }
         // The clock may have been set back. Requests signed with later times are now out of range,
         // so they cannot be replayed, and must not block the node's new ones.
@@ -120,7 +121,7 @@ impl Identities {
             .map(|identity| identity.timestamp)
             .filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
         if last.is_some_and(|last| claim.timestamp <= last) {
-            return Err(ClaimRefusal::Time("timestamp: not later than the last one"));
+            return refusal("timestamp: not later than the last one");
         }
         Ok(())
     }
@@ -145,7 +146,7 @@ impl Identities {
             Some(identity) => identity.timestamp = timestamp,
             None if known >= MAX_KNOWN_IDENTITIES => return Err(ClaimRefusal::Full),
             None => {
-                let identity = BoundIdentity { key, timestamp, day: now.ms / DAY_MS };
+                let identity = BoundIdentity { key, timestamp, day: now.day() };
                 self.by_id.insert(shared_id(), identity);
             }
         }
@@ -163,7 +164,7 @@ impl Identities {
     /// Stores that the ID is in use today. Returns true if that is news: the first use of a known
     /// ID today.
     pub(super) fn record_day(&mut self, id: &str, now: TrackerTime) -> bool {
-        let today = now.ms / DAY_MS;
+        let today = now.day();
         self.by_id
             .get_mut(id)
             .is_some_and(|identity| std::mem::replace(&mut identity.day, today) != today)

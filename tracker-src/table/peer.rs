@@ -82,9 +82,9 @@ impl Reachability {
 /// is an instance with a random number.
 #[derive(Default)]
 pub(super) struct Instances {
-    /// Number of the last one.
+    /// Random number of the latest instance.
     last: Option<u64>,
-    /// Earlier ones and when another one replaced each, the latest last.
+    /// Earlier instances, each with the time when another replaced it; the latest last.
     pub(super) replaced: VecDeque<(u64, Instant)>,
 }
 

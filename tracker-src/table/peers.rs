@@ -12,8 +12,8 @@ use std::time::Instant;
 /// refused.
 pub(super) const MAX_PEERS: usize = 262_144;
 
-/// Peers in numbered slots, which a removed peer leaves to a new one. The slot's number is the
-/// owner of the peer's filter in the index.
+/// Peers in numbered slots. A new peer takes the slot of a removed one, if there is any. The filter
+/// index knows a peer by its slot number.
 #[derive(Default)]
 pub(super) struct Peers {
     slots: Vec<Option<PeerEntry>>,
@@ -25,14 +25,17 @@ pub(super) struct Peers {
     pub(super) others: BTreeSet<CandidateRank>,
     /// Peers without a filter by sequence number, the order in which they take turns.
     pub(super) turns: BTreeMap<u64, u32>,
-    /// Number of peers with a filter.
-    pub(super) with_filter: usize,
     pub(super) next_sequence: u64,
 }
 
 impl Peers {
     pub(super) fn len(&self) -> usize {
         self.by_id.len()
+    }
+
+    /// Number of peers with a filter.
+    pub(super) fn with_filter(&self) -> usize {
+        self.ranked.len() - self.others.len()
     }
 
     /// Whether [`MAX_PEERS`] is reached.
@@ -57,7 +60,7 @@ impl Peers {
     }
 
     /// Returns the peer in a slot, unless it has expired.
-    pub(super) fn live(&self, slot: u32, now: Instant) -> Option<&PeerEntry> {
+    pub(super) fn live_peer_in(&self, slot: u32, now: Instant) -> Option<&PeerEntry> {
         self.slots.get(slot as usize)?.as_ref().filter(|peer| peer.is_live(now))
     }
 
@@ -71,7 +74,7 @@ impl Peers {
             .collect()
     }
 
-    /// Changes a peer, and updates the sorted sets and counts.
+    /// Changes a peer, and updates the sorted sets.
     pub(super) fn change(&mut self, slot: u32, change: impl FnOnce(&mut PeerEntry)) {
         let Some(Some(peer)) = self.slots.get_mut(slot as usize) else { return };
         let (old, had_filter) = (peer.rank(slot), peer.published.is_some());
@@ -89,7 +92,6 @@ impl Peers {
                 self.turns.insert(new.sequence, slot);
             }
         }
-        self.with_filter = self.with_filter + usize::from(has_filter) - usize::from(had_filter);
     }
 
     /// Adds a peer without a filter, and returns its slot. The caller has checked that the peer is
@@ -118,8 +120,9 @@ impl Peers {
         };
         self.next_sequence += 1;
         self.by_id.insert(id, slot);
-        self.ranked.insert(peer.rank(slot));
-        self.others.insert(peer.rank(slot));
+        let rank = peer.rank(slot);
+        self.ranked.insert(rank);
+        self.others.insert(rank);
         self.turns.insert(peer.sequence, slot);
         self.slots[slot as usize] = Some(peer);
         slot
@@ -129,10 +132,10 @@ impl Peers {
         let peer = self.slots.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
         self.by_id.remove(&peer.id);
-        self.ranked.remove(&peer.rank(slot));
-        self.others.remove(&peer.rank(slot));
+        let rank = peer.rank(slot);
+        self.ranked.remove(&rank);
+        self.others.remove(&rank);
         self.turns.remove(&peer.sequence);
-        self.with_filter -= usize::from(peer.published.is_some());
         Some(peer)
     }
 }
