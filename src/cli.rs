@@ -159,7 +159,8 @@ pub enum Subcommand {
 }
 
 impl Subcommand {
-    /// The subcommand that `word` names. That of `why` has no path yet.
+    /// The subcommand that `word` names. The path of `why` is empty; a
+    /// later argument replaces it.
     fn of_word(word: &str) -> Option<Subcommand> {
         match word {
             "status" => Some(Subcommand::Status),
@@ -185,23 +186,23 @@ pub fn parse(
     if subcommand.is_some() {
         args.remove(0);
     }
-    let mut flags = Flags::default();
-    flags.config.flags = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let mut builder = ConfigBuilder::default();
+    builder.config.flags = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
     let mut json = false;
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help),
             Short('V') | Long("version") => return Ok(Command::Version),
-            Short('v') | Long("verbose") => flags.config.verbose = true,
+            Short('v') | Long("verbose") => builder.config.verbose = true,
             Long("json") if subcommand.is_some() => json = true,
-            Long("map-port") => flags.config.map_port = true,
-            Long("no-verify") => flags.config.verify = false,
-            Long("no-filter") => flags.config.filter = false,
-            Long("no-default-filters") => flags.config.default_filters = false,
+            Long("map-port") => builder.config.map_port = true,
+            Long("no-verify") => builder.config.verify = false,
+            Long("no-filter") => builder.config.filter = false,
+            Long("no-default-filters") => builder.config.default_filters = false,
             Long(name) => {
                 let name = name.to_owned();
-                flags.set(Flag { name: &name, parser: &mut parser })?;
+                builder.set(Flag { name: &name, parser: &mut parser })?;
             }
             Value(path) if subcommand == Some(Subcommand::Why(String::new())) => {
                 subcommand = Some(Subcommand::Why(path.to_string_lossy().into_owned()));
@@ -209,7 +210,7 @@ pub fn parse(
             Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
         }
     }
-    let config = flags.into_config(env)?;
+    let config = builder.into_config(env)?;
     match subcommand {
         None => Ok(Command::Run(Box::new(config))),
         Some(Subcommand::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
@@ -236,9 +237,9 @@ pub fn salvage(args: &[OsString]) -> Config {
     }
 }
 
-/// Settings while the flags are parsed.
+/// Configuration under construction while the flags are parsed.
 #[derive(Default)]
-struct Flags {
+struct ConfigBuilder {
     config: Config,
     /// Addresses of `--bind`. They replace the default.
     bind: Vec<IpAddr>,
@@ -246,7 +247,7 @@ struct Flags {
     db: Option<PathBuf>,
 }
 
-impl Flags {
+impl ConfigBuilder {
     /// Applies a flag that has a value.
     fn set(&mut self, mut flag: Flag<'_>) -> Result<(), String> {
         let config = &mut self.config;
@@ -300,7 +301,7 @@ impl Flags {
     /// # Errors
     /// The mode needs a flag that is missing.
     fn into_config(self, env: impl Fn(&str) -> Option<OsString>) -> Result<Config, String> {
-        let Flags { mut config, bind, db } = self;
+        let ConfigBuilder { mut config, bind, db } = self;
         if !bind.is_empty() {
             config.bind = bind;
         }
@@ -347,7 +348,7 @@ impl Flag<'_> {
         value.into_string().map_err(|value| self.wrong(&value.to_string_lossy(), "not UTF-8"))
     }
 
-    /// Reads the value as what `parse` makes of it.
+    /// Reads the value and converts it by `parse`.
     fn parse<T, E: Display>(
         &mut self,
         parse: impl FnOnce(&str) -> Result<T, E>,

@@ -246,6 +246,13 @@ impl Config {
     pub fn has_friends(&self) -> bool {
         !self.friends.is_empty() || self.friends_file.is_some()
     }
+
+    /// Host and port to announce to trackers, for a daemon on `port`. The host is `None` if the
+    /// trackers see it themselves.
+    pub fn announced(&self, port: u16) -> (Option<String>, u16) {
+        let (host, announced) = self.announce_addr.clone().unzip();
+        (host, announced.flatten().unwrap_or(port))
+    }
 }
 
 impl Default for Config {

@@ -8,6 +8,7 @@
 mod counters;
 mod friends;
 mod lan;
+mod metrics;
 mod node;
 mod open_store;
 mod process;
@@ -25,6 +26,7 @@ use crate::http::handler::CacheHandler;
 use crate::http::miss_handler::MissHandler;
 use crate::http::server::Server;
 use crate::http::stream_limits::StreamLimits;
+use crate::lan::DiscoveryThread;
 use crate::log_throttle::LogThrottle;
 use crate::lookup::LookupService;
 use crate::port_mapper::PortMapper;
@@ -40,10 +42,11 @@ use counters::CountersThread;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, never};
 use friends::FriendServices;
 use lan::LanServices;
+use metrics::MetricsServer;
 use node::{Node, PeerRequests};
 use open_store::{answer_misses, open_store};
 use process::{ExitReason, Process, Wakeup, fatal, thread_ended};
-use retries::{MetricsServer, start_retries};
+use retries::start_retries;
 use sd_notify::NotifyState;
 use std::io;
 use std::net::TcpListener;
@@ -119,7 +122,7 @@ fn serve(
     let services = Services::start(config, stats, store, process)?;
     log::info!("peerix {} serves on port {}", env!("CARGO_PKG_VERSION"), services.node.port);
     notify(&[NotifyState::Ready]);
-    let result = wait(&process.woken, &services);
+    let result = wait(&process.woken, &services.lan.discovery, &services.node.stats);
     if !matches!(result, Ok(ExitReason::Restart)) {
         notify(&[NotifyState::Stopping]);
         log::info!("stopping");
@@ -153,7 +156,6 @@ impl Services {
         store: Arc<Store>,
         process: &Process,
     ) -> Result<Services, FatalError> {
-        let now = Instant::now();
         let BoundSockets { listeners, datagrams, port, .. } =
             process.sockets.try_clone().map_err(fatal("sockets"))?;
         let on_end = |what| process.on_end(what);
@@ -163,7 +165,7 @@ impl Services {
         let friend_list = friends.as_ref().map(|services| services.friends.list().clone());
         let trusted = Arc::new(TrustedKeys::read(&node.config, port, friend_list, &node.degraded));
         let (outside, mapper) = map_port(&node).unzip();
-        let lan = LanServices::start(&node, datagrams, friends.as_ref(), on_end("discovery"), now)?;
+        let lan = LanServices::start(&node, datagrams, friends.as_ref(), on_end("discovery"))?;
         let (stats, paces) = (node.stats.clone(), requests.paces.clone());
         let counters = CountersThread::start(node.config.state_dir.clone(), stats, paces)
             .map_err(fatal("counters"))?;
@@ -246,7 +248,7 @@ fn cache_handler(
     let upload_limit = config.upload_limit.map(UploadLimit::new);
     CacheHandler {
         cache: BinaryCache {
-            info: CacheInfo { store_dir: config.store_dir.clone(), priority: config.priority },
+            info: CacheInfo::new(config),
             store: node.store.clone(),
             access: node.access.clone(),
             lookup: lookup.clone(),
@@ -295,7 +297,11 @@ fn tick_interval(watchdog: Option<Duration>) -> Duration {
 ///
 /// # Errors
 /// A thread ended that should run until the shutdown.
-fn wait(woken: &Receiver<Wakeup>, services: &Services) -> Result<ExitReason, FatalError> {
+fn wait(
+    woken: &Receiver<Wakeup>,
+    discovery: &DiscoveryThread,
+    stats: &Stats,
+) -> Result<ExitReason, FatalError> {
     let watchdog = sd_notify::watchdog_enabled();
     let interval = tick_interval(watchdog);
     let mut last_turn = 0;
@@ -308,9 +314,9 @@ fn wait(woken: &Receiver<Wakeup>, services: &Services) -> Result<ExitReason, Fat
                 return Err(FatalError("nobody is left to wake the daemon".into()));
             }
             Err(RecvTimeoutError::Timeout) => {
-                services.node.stats.update_hours(SystemTime::now());
+                stats.update_hours(SystemTime::now());
                 if watchdog.is_some() {
-                    let turn = services.lan.discovery.request_turn();
+                    let turn = discovery.request_turn();
                     if turn != last_turn {
                         notify(&[NotifyState::Watchdog]);
                     }

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::config::ConfigBuilder;
-use ureq::http::Uri;
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::typestate::AgentScope;
 
@@ -38,14 +37,6 @@ pub fn cache_config(url: &str, max_redirects: u32) -> ConfigBuilder<AgentScope> 
         .max_redirects_will_error(true)
 }
 
-/// Host and port of a URL, as nodes and trackers name a tracker: in lower case, with the port also
-/// where it is the default. The whole text if it is not a valid URL.
-pub fn authority(url: &str) -> String {
-    let Ok(uri) = url.parse::<Uri>() else { return url.to_owned() };
-    let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
-    format!("{}:{port}", uri.host().unwrap_or_default().to_ascii_lowercase())
-}
-
 /// Repeats a call once unless it timed out or could not connect. The peer may close a kept
 /// connection at the moment of its reuse; the second call opens a new one. `call` gets its time
 /// limit: `timeout`, or what remains of it.
@@ -68,18 +59,6 @@ mod tests {
     use super::*;
     use crate::lock::Mutex;
     use std::{io, thread};
-
-    #[test]
-    fn authority_is_host_and_port_of_url() {
-        for (url, name) in [
-            ("http://Tracker.example:12305", "tracker.example:12305"),
-            ("https://tracker.example", "tracker.example:443"),
-            ("http://tracker.example/path", "tracker.example:80"),
-            ("http://[2001:db8::1]:9", "[2001:db8::1]:9"),
-        ] {
-            assert_eq!(authority(url), name);
-        }
-    }
 
     #[test]
     fn second_attempt_gets_remaining_time() {

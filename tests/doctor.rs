@@ -207,7 +207,7 @@ fn working_setup_has_no_faults() {
     assert!(settings.contains("substitute = true"));
 }
 
-/// `doctor` used to say that UDP is blocked on a neighbour that paused for 0.6 s.
+/// Guards against a report of blocked UDP when a live neighbour answers only the sixth query.
 #[test]
 fn live_neighbour_that_answers_late_is_no_fault() {
     let mut pair = Pair::new();
@@ -233,7 +233,8 @@ fn live_neighbour_that_answers_late_is_no_fault() {
     assert!(text.starts_with("2 of 2 peers"), "{text}");
 }
 
-/// `doctor` used to say that Nix does not ask peerix, and to restart nix-daemon.
+/// Guards against a report that Nix does not query peerix, with the advice to restart nix-daemon,
+/// when Nix waits for another substituter.
 #[test]
 fn substituter_that_keeps_nix_waiting_is_no_fault_of_peerix() {
     let lan = Lan::new();

@@ -10,6 +10,7 @@ use crate::common::{
     Daemon, Host, Lan, Nat, PORT, Scale, Tracker, Wan, nix, thread, wait_for, world,
 };
 use peerix::wire::NodeKey;
+use peerix::wire::tracker::TrackerName;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -434,7 +435,7 @@ fn friends_meet_at_a_tracker_and_strangers_learn_nothing() {
 
     // The tracker lists neither friend, and only the two friends know the tag of their meeting.
     assert_eq!(tracker.get("/peers")["peers"], serde_json::json!([]));
-    let own = key(&stranger).tag(&key(&home), &url[7..]);
+    let own = key(&stranger).tag(&key(&home), &TrackerName::of_url(&url));
     let body = format!("{{\"port\": 1, \"tags\": [\"{own}\"]}}");
     let mut connection =
         Connection::new(stranger.connect((tracker.host.address, 12305)).unwrap()).unwrap();

@@ -131,12 +131,17 @@ fn after_a_crash() {
     drop(writer);
     let restore = || left.iter().for_each(|(bytes, file)| fs::write(file, bytes).unwrap());
 
+    let restore_shm = || fs::write(shm(), &left[2].0).unwrap();
+    let start_without_shm = || {
+        restore();
+        fs::remove_file(shm()).unwrap();
+        Reader::start()
+    };
+
     restore();
     Reader::start().finds(&path);
 
-    restore();
-    fs::remove_file(shm()).unwrap();
-    let mut reader = Reader::start();
+    let mut reader = start_without_shm();
     let began = Instant::now();
     let answer = reader.ask(&path);
     assert!(answer.contains("see that nix-daemon runs") && !answer.contains('\n'), "{answer}");
@@ -146,24 +151,20 @@ fn after_a_crash() {
     let answer = reader.ask(&path);
     assert!(answer.contains("see that nix-daemon runs"), "{answer}");
     assert!(again.elapsed() < waited, "{:?} after {waited:?}", again.elapsed());
-    fs::write(shm(), &left[2].0).unwrap();
+    restore_shm();
     reader.finds(&path);
     drop(reader);
 
     // A process that opens or closes the database may pause while only one of the files exists.
-    restore();
-    fs::remove_file(shm()).unwrap();
-    let mut reader = Reader::start();
+    let mut reader = start_without_shm();
     reader.send(&path);
     thread::sleep(Duration::from_millis(500));
-    fs::write(shm(), &left[2].0).unwrap();
+    restore_shm();
     assert_eq!(reader.receive(), path);
     drop(reader);
 
     let daemon = Daemon::start();
-    restore();
-    fs::remove_file(shm()).unwrap();
-    let mut reader = Reader::start();
+    let mut reader = start_without_shm();
     reader.finds(&path);
     assert!(reader.log().contains("after nix-daemon had opened it"), "{}", reader.log());
     drop((reader, daemon));

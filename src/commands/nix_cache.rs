@@ -1,7 +1,7 @@
 //! Nix's binary-cache cache: the answers of substituters that Nix remembers, read from its SQLite
 //! files.
 
-use super::nix::NixSettings;
+use super::nix::{MISSING_HASH_PREFIX, NixSettings};
 use crate::trust::Substituter;
 use rusqlite::{Connection, OpenFlags};
 use std::fs;
@@ -50,6 +50,7 @@ fn answers(
 ) -> Vec<CachedAnswer> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let since = i64::try_from(now.saturating_sub(believed)).unwrap_or(i64::MAX);
+    let (url, probes) = (Substituter::parse(url).url, format!("{MISSING_HASH_PREFIX}%"));
     let read = |file: &PathBuf| -> rusqlite::Result<Vec<CachedAnswer>> {
         let connection = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         connection.busy_timeout(Duration::from_secs(1))?;
@@ -57,11 +58,11 @@ fn answers(
             "select hashPart, narHash, NARs.timestamp from NARs \
              join BinaryCaches on BinaryCaches.id = NARs.cache \
              where rtrim(BinaryCaches.url, '/') = ?1 and present = ?2 and NARs.timestamp > ?3 \
-             and (?4 is null or hashPart = ?4) and hashPart not like '0000000000000000%' \
+             and (?4 is null or hashPart = ?4) and hashPart not like ?6 \
              order by NARs.timestamp desc limit ?5",
         )?;
-        let url = Substituter::parse(url).url;
-        let rows = statement.query_map((url, is_hit, since, hash_part, limit as i64), |row| {
+        let values = (url, is_hit, since, hash_part, limit as i64, &probes);
+        let rows = statement.query_map(values, |row| {
             let age = now.saturating_sub(row.get::<_, i64>(2)?.max(0) as u64);
             Ok(CachedAnswer {
                 hash_part: row.get(0)?,

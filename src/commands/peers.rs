@@ -4,6 +4,7 @@ use super::probe::{self, HttpProbe};
 use super::report::{Findings, Severity};
 use super::status::friend_line;
 use super::{RunningDaemon, found_by, list, liveness, moment, peer_at, text};
+use crate::network::Networks;
 use serde_json::Value;
 use std::net::SocketAddr;
 
@@ -14,13 +15,15 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let mut asked: Vec<SocketAddr> =
         known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
     let has_lan = node.config.mode.has_lan();
-    let heard = match probe::ask(node, &probe::no_path(), node.config.port, &asked, has_lan) {
-        Ok(heard) => heard,
-        Err(e) => {
-            report.fail("udp", format!("cannot ask: {e}"), String::new());
-            Vec::new()
-        }
-    };
+    let networks = Networks::read(node.config.networks.clone()).current();
+    let heard =
+        match probe::ask(node, &networks, &probe::no_path(), node.config.port, &asked, has_lan) {
+            Ok(heard) => heard,
+            Err(e) => {
+                report.fail("udp", format!("cannot ask: {e}"), String::new());
+                Vec::new()
+            }
+        };
     asked.extend(heard.iter().map(|heard| heard.from));
     asked.sort_unstable();
     asked.dedup();

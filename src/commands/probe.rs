@@ -19,12 +19,13 @@ use std::panic::resume_unwind;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
-/// Number of times that a query is sent, because datagrams may get lost.
-const SENDINGS: u32 = 3;
+/// Minimum number of times that a query is sent if not all nodes answer, because datagrams may get
+/// lost.
+const MIN_SENDINGS: u32 = 3;
 /// Time after each sending in which answers are read. Answers to earlier sendings count too.
 const ANSWER_WAIT: Duration = Duration::from_millis(200);
-/// Time in which a node that the daemon considers live can answer. It gets further sendings until
-/// then. Such a node may pause for as long before the daemon considers it silent.
+/// Longest wait for the answer of a node that the daemon considers live. The query is repeated
+/// meanwhile. The daemon, too, waits for up to 3 s before it considers a node silent.
 const LIVE_WAIT: Timeout = Timeout::from_secs(3);
 
 /// Maximum number of nodes whose answers are read; the rest is ignored. A daemon remembers as many
@@ -37,7 +38,7 @@ const MAX_WAN_NODES: usize = 72;
 
 /// Hash part that no store path has. Queries for it only show which nodes answer.
 pub fn no_path() -> HashPart {
-    HashPart::parse(&[b'0'; HashPart::LEN]).expect("zeros are Nix32")
+    HashPart::from_bytes(&[0; HashPart::BYTES])
 }
 
 /// Answer of a node to a query.
@@ -52,7 +53,7 @@ pub struct ProbeReply {
 
 /// Queries the addresses in `named`, and if `everyone` is set also all nodes on the LAN by
 /// broadcast to `port`. Returns the first answer of each node, at most [`MAX_HEARD`], without this
-/// machine's own. Blocks for [`SENDINGS`] times [`ANSWER_WAIT`], and for at most [`LIVE_WAIT`] while
+/// machine's own. Blocks for [`MIN_SENDINGS`] times [`ANSWER_WAIT`], and for at most [`LIVE_WAIT`] while
 /// a node in `named` that the daemon considers live has not answered. Without `everyone`, ends once
 /// all in `named` have answered.
 ///
@@ -60,12 +61,12 @@ pub struct ProbeReply {
 /// No UDP socket can be opened or configured.
 pub fn ask(
     node: &RunningDaemon,
+    networks: &LanNetworks,
     hash_part: &HashPart,
     port: u16,
     named: &[SocketAddr],
     everyone: bool,
 ) -> io::Result<Vec<ProbeReply>> {
-    let networks = Networks::read(node.config.networks.clone()).current();
     let mut targets = named.to_vec();
     if everyone {
         targets.extend(networks.broadcast_targets(port));
@@ -79,14 +80,14 @@ pub fn ask(
         socket,
         is_v6,
         hash_part,
-        networks: &networks,
+        networks,
         targets: &targets,
         everyone,
         first_id: RandomState::new().build_hasher().finish() as u32,
         sent: Vec::new(),
         heard: Vec::new(),
     };
-    while query.sent.len() < SENDINGS as usize
+    while query.sent.len() < MIN_SENDINGS as usize
         || (!query.have_answered(&live) && query.sent[0].elapsed() < LIVE_WAIT.get())
     {
         let began = query.send();
@@ -123,7 +124,8 @@ struct RunningQuery<'a> {
 }
 
 impl RunningQuery<'_> {
-    /// Sends the query to all targets that have not answered. Returns the time before.
+    /// Sends the query to all targets that have not answered. Returns the time at which it
+    /// began to.
     fn send(&mut self) -> Instant {
         let began = Instant::now();
         let id = self.first_id.wrapping_add(self.sent.len() as u32);
@@ -364,8 +366,10 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
     if node.config.mode.has_lan() {
         // If the daemon knows no peer, a broadcast may still reach one.
         let known = known(node);
+        let networks = Networks::read(node.config.networks.clone()).current();
         let port = node.config.port;
-        let heard = ask(node, hash_part, port, &known, known.is_empty()).unwrap_or_default();
+        let heard =
+            ask(node, &networks, hash_part, port, &known, known.is_empty()).unwrap_or_default();
         holders.extend(heard.into_iter().filter_map(|heard| Some((String::new(), heard.holder?))));
     }
     let url_path = format!("local/{hash_part}.narinfo");

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn output_and_errors_of_programs_are_told_apart() {
+    fn run_returns_the_output_or_the_kind_of_error() {
         let prints = "echo yes; exec >&- 2>&-; sleep 0.2";
         assert_eq!(run("sh", &["-c", prints], &[]).unwrap(), "yes\n");
         let failed = run("sh", &["-c", "echo no >&2; exit 3"], &[]).unwrap_err();

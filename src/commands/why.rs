@@ -179,8 +179,9 @@ fn offered(
     let trusted = trusted.map(|keys| keys.into_iter().map(|(key, _)| key).collect::<Vec<_>>());
     let trusted = trusted.as_deref();
     let offers = probe::offers(node, hash_part).into_iter();
-    let all: Vec<PeerOffer> =
-        offers.map(|offer| judge(report, node, hash_part, trusted, settings, offer)).collect();
+    let all: Vec<PeerOffer> = offers
+        .map(|offer| report_offer(report, node, hash_part, trusted, settings, offer))
+        .collect();
     silent_peers(report, &node.status);
     if all.is_empty() {
         let peers = list(&node.status["peers"]).len();
@@ -194,9 +195,11 @@ fn offered(
     report_last_miss(report, &node.status, hash_part);
     all
 }
-/// Reports an offer, whether lookups ask the peer, and whether peerix by the keys in `trusted` and
-/// Nix by its settings accept the path. Without `trusted`, peerix accepts every path.
-fn judge(
+
+/// Reports an offer: whether lookups ask the peer, whether peerix accepts the path by the keys in
+/// `trusted`, and whether Nix accepts it by `settings`. Without `trusted`, peerix accepts every
+/// path.
+fn report_offer(
     report: &mut Findings,
     node: &RunningDaemon,
     hash_part: &HashPart,
@@ -305,7 +308,7 @@ fn nix_asks(
     };
     let mut paths = offered.iter().filter_map(|offer| Some(&offer.info.as_ref()?.path));
     let path = paths.next().map(|path| node.config.store_dir.join(path));
-    let mut asks = check_substituter(report, node, &settings, hash_part, path.as_deref(), offered);
+    let mut asks = check_obstacles(report, node, &settings, hash_part, path.as_deref(), offered);
     if let Some(path) = path
         && settings.get("always-allow-substitutes") != "true"
         && let Some(derivation) = nix::forbidding_derivation(&node.config.db, &path)
@@ -329,7 +332,7 @@ fn nix_asks(
 
 /// Reports what keeps Nix from asking this machine's peerix for the path. Returns true if nothing
 /// does. `path` is the store path of an offer.
-fn check_substituter(
+fn check_obstacles(
     report: &mut Findings,
     node: &RunningDaemon,
     settings: &NixSettings,

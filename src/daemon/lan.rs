@@ -30,13 +30,12 @@ pub(super) struct LanServices {
 }
 
 impl LanServices {
-    /// Starts both threads. `now` is the time of the start of the run.
+    /// Starts both threads.
     pub(super) fn start(
         node: &Node,
         datagrams: Vec<UdpSocket>,
         friends: Option<&FriendServices>,
         on_end: impl FnOnce() + Send + 'static,
-        now: Instant,
     ) -> Result<LanServices, FatalError> {
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (access, networks) = (&node.access, &node.networks);
@@ -56,7 +55,7 @@ impl LanServices {
         let settings = DiscoverySettings { port: node.port, has_lan, timeout: node.config.timeout };
         let random = random_numbers()
             .ok_or_else(|| FatalError("the system gives no random numbers".into()))?;
-        let discovery = Discovery::new(environment, settings, random, now);
+        let discovery = Discovery::new(environment, settings, random, Instant::now());
         let discovery = DiscoveryThread::spawn(discovery, datagrams, networks.clone(), on_end)
             .map_err(fatal("discovery"))?;
         let peers = node.config.peers.clone();

@@ -86,15 +86,10 @@ impl Node {
             && load_identity(&self.config).is_ok()
     }
 
-    /// The identity, if it is the same after each start. Friends need one that is.
+    /// The identity, if it is kept in the state directory, so that it lasts over restarts. Friends
+    /// need such an identity.
     pub(super) fn lasting_identity(&self) -> Option<&Arc<Identity>> {
         self.identity.as_ref().filter(|_| self.config.state_dir.is_some())
-    }
-
-    /// Host and port to announce to trackers. The host is `None` if they see it themselves.
-    pub(super) fn announced(&self) -> (Option<String>, u16) {
-        let (host, port) = self.config.announce_addr.clone().unzip();
-        (host, port.flatten().unwrap_or(self.port))
     }
 }
 

@@ -20,7 +20,8 @@ use std::time::Instant;
 const FIRST_RETRY_PAUSE: Interval = Interval::from_secs(1);
 
 /// Longest wait for the store at the start, before lookups are answered with misses. It covers
-/// three tries, and a nix-daemon that starts at the same time.
+/// three tries of up to 1 s with the pauses of 1 s and 2 s between them, and a nix-daemon that
+/// starts at the same time.
 const FIRST_OPEN_TIMEOUT: Timeout = Timeout::from_secs(6);
 
 /// Opens Nix's database. If that fails for a time, or if systemd passed the sockets, answers misses
@@ -32,11 +33,7 @@ pub(super) fn open_store(
     config: &Config,
     process: &Process,
 ) -> Result<Option<Arc<Store>>, FatalError> {
-    let store = StoreConfig {
-        store_dir: config.store_dir.clone(),
-        db: config.db.clone(),
-        root: config.root.clone(),
-    };
+    let store = StoreConfig::from(config);
     let opened = open_with_retries(move || Store::open(store.clone()).map(Arc::new));
     let opened = opened.map_err(fatal("store"))?;
     let problem =

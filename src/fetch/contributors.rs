@@ -50,8 +50,9 @@ impl Contributors {
 
     /// Records that the stream of a peer failed.
     pub(super) fn record_failure(&mut self, peer_key: PeerKey) {
-        let its = self.peers.iter_mut().filter(|peer| peer.peer_key == peer_key);
-        its.for_each(|peer| peer.has_failed = true);
+        if let Some(peer) = self.peers.iter_mut().find(|peer| peer.peer_key == peer_key) {
+            peer.has_failed = true;
+        }
     }
 
     /// Compares the accepted piece at byte `offset` with the digests that relays did not match.

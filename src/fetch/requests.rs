@@ -171,13 +171,13 @@ impl<'a> NarRequests<'a> {
             }
             // The relay has not begun its download, or cannot pass it on.
             Err(e) if is_relay => log::debug!("NAR {hash}: peer {peer}: {e}"),
-            Err(e) => self.handle_refusal(source, e, began, timeout),
+            Err(e) => self.handle_failure(source, e, began, timeout),
         }
         None
     }
 
     /// Handles the failure of a request to a holder that began at `began` and had `timeout`.
-    fn handle_refusal(
+    fn handle_failure(
         &mut self,
         source: NarSource,
         error: PeerError,

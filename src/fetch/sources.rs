@@ -2,7 +2,7 @@
 
 use super::Downloader;
 use crate::lookup::{FoundNar, HolderSearch, NarSource};
-use crate::peers::health::{Eligibility, PeerKey};
+use crate::peers::health::PeerKey;
 use crate::peers::pace::PeerLoad;
 use crate::peers::picker::{self, HealthRank, HolderFacts};
 use std::thread;
@@ -66,7 +66,7 @@ impl<'a> Sources<'a> {
         }
     }
 
-    /// Adds a holder, or returns one that is no longer in use.
+    /// Adds a holder, or puts back one that is no longer in use.
     pub(super) fn add(&mut self, source: NarSource) {
         self.found.sources.push(source);
     }
@@ -185,16 +185,11 @@ impl<'a> Sources<'a> {
         let health = &self.downloader.health;
         let holder = |(index, source): (usize, &NarSource)| {
             let peer_key = source.peer_key();
-            let health = match health.eligibility(peer_key, now) {
-                Eligibility::Now if health.has_many_odd_paths(peer_key, now) => {
-                    HealthRank::LastResort
-                }
-                Eligibility::Now if !health.is_doubtful(peer_key) => HealthRank::Good,
-                Eligibility::Now => HealthRank::Doubtful,
-                Eligibility::Last => HealthRank::LastResort,
-                Eligibility::Never => return None,
-            };
-            Some((index, HolderFacts { health, load: self.downloader.paces.load(peer_key, now) }))
+            let rank = HealthRank::of(peer_key, health, now)?;
+            let is_odd = health.has_many_odd_paths(peer_key, now);
+            let rank = if is_odd { HealthRank::LastResort } else { rank };
+            let load = self.downloader.paces.load(peer_key, now);
+            Some((index, HolderFacts { health: rank, load }))
         };
         self.found.sources.iter().enumerate().filter_map(holder).unzip()
     }

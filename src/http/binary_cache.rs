@@ -1,4 +1,4 @@
-//! The binary cache that this node is to others and to this machine's Nix.
+//! The binary cache that this node offers to peers and to this machine's Nix.
 
 use super::crowd::Crowds;
 use super::error::{NOT_THERE, RequestError};
@@ -6,6 +6,7 @@ use super::narinfo::Signer;
 use super::response::Exchange;
 use super::stream_limits::StreamLimits;
 use crate::access::{AccessPolicy, Scope};
+use crate::config::Config;
 use crate::fetch::Downloader;
 use crate::log_throttle::LogThrottle;
 use crate::lookup::LookupService;
@@ -44,9 +45,9 @@ pub struct BinaryCache {
 /// Contents of nix-cache-info.
 pub struct CacheInfo {
     /// `StoreDir`.
-    pub store_dir: StoreDir,
+    pub(super) store_dir: StoreDir,
     /// `Priority`.
-    pub priority: u32,
+    priority: u32,
 }
 
 impl BinaryCache {
@@ -58,7 +59,7 @@ impl BinaryCache {
         hash_part: &HashPart,
         scope: Scope,
     ) -> Result<Arc<PathInfo>, RequestError> {
-        let info = self.found(self.store.path_info(hash_part))?;
+        let info = self.found_or_not_there(self.store.path_info(hash_part))?;
         if self.access.allows(scope, &info) { Ok(info) } else { Err(NOT_THERE) }
     }
 
@@ -71,7 +72,7 @@ impl BinaryCache {
 
     /// The result of a query of the own store, or [`NOT_THERE`] if there is none. A row that peerix
     /// cannot represent is logged; it is no failure of the store as a whole.
-    pub(super) fn found<T>(
+    pub(super) fn found_or_not_there<T>(
         &self,
         result: Result<Option<T>, StoreError>,
     ) -> Result<T, RequestError> {
@@ -99,6 +100,11 @@ impl BinaryCache {
 }
 
 impl CacheInfo {
+    /// Takes the contents from the settings of the node.
+    pub fn new(config: &Config) -> CacheInfo {
+        CacheInfo { store_dir: config.store_dir.clone(), priority: config.priority }
+    }
+
     pub(super) fn send(&self, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let (dir, priority) = (self.store_dir.as_str(), self.priority);
         let text = format!("StoreDir: {dir}\nWantMassQuery: 1\nPriority: {priority}\n");

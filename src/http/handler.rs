@@ -327,7 +327,7 @@ impl CacheHandler {
         scope: Scope,
         exchange: &mut Exchange<'_>,
     ) -> Result<(), RequestError> {
-        let realisation = self.cache.found(self.cache.store.realisation(id))?;
+        let realisation = self.cache.found_or_not_there(self.cache.store.realisation(id))?;
         self.cache.check_path(&realisation.out_path, scope)?;
         let signer = self.cache.signer.get();
         let signature = signer.map(|signer| signer.sign_text(&realisation.fingerprint()));

@@ -25,7 +25,7 @@ impl MissHandler {
     /// Creates a handler. `code` identifies the problem for programs, `problem` describes it for
     /// people.
     pub fn new(config: &Config, port: u16, code: &'static str, problem: String) -> MissHandler {
-        let info = CacheInfo { store_dir: config.store_dir.clone(), priority: config.priority };
+        let info = CacheInfo::new(config);
         let (config, text) = (config.clone(), problem.clone());
         let report = Box::new(move || status::of_problem(&config, port, code, &text));
         MissHandler { info, report, problem }

@@ -166,11 +166,10 @@ impl Hellos {
             if self.greeted.get(&from).is_some() { MetBy::NeighbourTable } else { MetBy::Hello };
         let heard = querier.peers.record_heard(from, met_by, querier.now);
         let Some((peer, is_first)) = heard else { return };
-        let is_new = peer.record_hello(hello, querier.now);
-        let (is_live, unanswered) = (peer.is_live(), peer.unanswered(|_| true));
-        if !is_new {
+        if !peer.record_hello(hello, querier.now) {
             return;
         }
+        let (is_live, unanswered) = (peer.is_live(), peer.unanswered(|_| true));
         log::debug!("peer {from}: hello");
         // A new instance does not know this node, and may have lost the queries to the one before
         // it.

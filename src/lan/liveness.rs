@@ -58,7 +58,8 @@ impl Liveness {
         matches!(self.state, State::Leaving { .. })
     }
 
-    /// When [`BYE_WAIT`] after the peer's *bye* ends, in lookup time.
+    /// When [`BYE_WAIT`] ends, in lookup time. `None` if the peer said no *bye*, or was not probed
+    /// since.
     pub fn leaves_at(&self) -> Option<Instant> {
         match self.state {
             State::Leaving { probed, .. } => Some(probed? + BYE_WAIT.get()),

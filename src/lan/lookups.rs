@@ -175,10 +175,10 @@ impl LanLookups {
             return false;
         }
         self.last_path = Some(request.hash_part);
-        let (id, began) = (request.id, t);
+        let id = request.id;
         let lookup = LanLookup {
             request,
-            began,
+            began: t,
             open_until,
             waiting: 0,
             asked: 0,

@@ -70,7 +70,7 @@ impl OverdueCheck {
 
 #[cfg(test)]
 mod tests {
-    use super::super::peer::{MIN_DUE, MetBy};
+    use super::super::peer::MetBy;
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -83,13 +83,14 @@ mod tests {
         let owe = |peers: &mut PeerTable, address, t| {
             let (peer, _) = peers.record_heard(address, MetBy::Query, t).unwrap();
             peer.owe(&[1], true, t);
-            let overdue = t + peer.due_after(None);
+            let due = [Some(Duration::ZERO), None].map(|median| t + peer.due_after(median));
             peers.plan();
-            overdue
+            due
         };
-        let [overdue, _] = addresses.map(|address| owe(&mut peers, address, start));
-        assert_eq!(peers.next_check, Some(start + MIN_DUE), "while the median is not known");
-        assert!(check.run(&mut peers, true, start + MIN_DUE).is_empty());
+        let [[earliest, overdue], _] = addresses.map(|address| owe(&mut peers, address, start));
+        assert!(earliest < overdue);
+        assert_eq!(peers.next_check, Some(earliest), "while the median is not known");
+        assert!(check.run(&mut peers, true, earliest).is_empty());
         assert_eq!(peers.next_check, Some(overdue));
         assert!(check.run(&mut peers, false, overdue).is_empty());
         assert_eq!(peers.next_check, Some(overdue), "no wait begins while datagrams are unread");
@@ -103,7 +104,7 @@ mod tests {
         let answered = overdue + 2 * SECOND;
         assert!(check.run(&mut peers, false, answered).is_empty(), "the answer stops the budget");
 
-        let late = owe(&mut peers, addresses[1], answered);
+        let [_, late] = owe(&mut peers, addresses[1], answered);
         assert!(check.run(&mut peers, true, late).is_empty());
         let left = SECOND + (late - answered) / WaitBudget::RECOVERY;
         assert_eq!(peers.next_check, Some(late + left));

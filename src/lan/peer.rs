@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// Minimum due time of an answer. Scheduling and interrupt coalescing on a busy machine take up to
 /// 20 ms.
-pub const MIN_DUE: Duration = Duration::from_millis(50);
+const MIN_DUE: Duration = Duration::from_millis(50);
 /// Maximum due time of an answer from a peer through which no path was found. Also the due time
 /// while no peer has been measured.
 const MAX_SHARED_DUE: Duration = Duration::from_millis(200);
@@ -146,12 +146,12 @@ struct RepeatTimer {
     last_early: Option<Instant>,
 }
 
-/// The paths that were found through a peer.
+/// The paths that were found through a peer, and the wait budget that they earned it.
 #[derive(Debug)]
 pub struct Hits {
-    /// Their number.
+    /// Number of the paths.
     pub count: u32,
-    /// The last one. `None` if it is not known.
+    /// Hash part of the last path. `None` if it is not known.
     last: Option<HashPart>,
     /// The peer's own wait budget. Peers without hits share one.
     pub budget: WaitBudget,
@@ -169,7 +169,7 @@ pub struct LanPeer {
     hello: Option<(Hello, Instant)>,
     /// When this node last sent it a hello because it seemed not to know this node, in real time.
     last_reminder: Option<Instant>,
-    /// Whether it is live.
+    /// Whether it is live, and when it is probed.
     pub liveness: Liveness,
     /// The queries that were sent to it.
     pub queries: SentQueries,
@@ -222,7 +222,7 @@ impl LanPeer {
     pub fn is_held_back(&self, t: Instant) -> bool {
         self.dialect() != Dialect::HaveOnly
             && self.queries.is_behind(t)
-            && self.queries.last_sent().is_some_and(|last| last + self.repeat_gap() > t)
+            && self.queries.last_unanswered_sent().is_some_and(|last| last + self.repeat_gap() > t)
     }
 
     /// Whether the peer is a Python peerix from which a packet came within [`PYTHON_PEER_EXPIRY`].
@@ -305,8 +305,8 @@ impl LanPeer {
         added
     }
 
-    /// Records that the peer owes `lookups` answers. Unless `is_sent`, the query is held back because
-    /// the peer is behind. Returns the lookups that the peer owed nothing before.
+    /// Records that the peer owes `lookups` answers. Unless `is_sent`, the query is held back
+    /// because the peer is behind. Returns the lookups that the peer owed nothing before.
     pub fn owe(&mut self, lookups: &[LookupId], is_sent: bool, t: Instant) -> Vec<LookupId> {
         let sent = is_sent.then_some(t);
         let mut added = Vec::new();
@@ -319,7 +319,7 @@ impl LanPeer {
         }
         if self.repeats.at.is_none() && !self.owed.is_empty() {
             // A query that is held back leaves one repeat delay after the last query.
-            let last = sent.or(self.queries.last_sent()).unwrap_or(t);
+            let last = sent.or(self.queries.last_unanswered_sent()).unwrap_or(t);
             self.repeats.at = Some(last + self.repeat_gap());
         }
         added
@@ -352,17 +352,17 @@ impl LanPeer {
     /// false.
     pub fn record_hello(&mut self, mut hello: Hello, now: Instant) -> bool {
         self.liveness.advance_probe(now);
-        let is_other = self.hello().is_none_or(|old| old.instance != hello.instance);
-        let changed = self.hello.map_or(now, |(_, changed)| changed);
-        if is_other && self.hello.is_some() && changed + HELLO_CHANGE > now {
-            return false;
-        }
+        let (changed, is_other) = match self.hello {
+            Some((old, changed)) if old.instance == hello.instance => (changed, false),
+            Some((_, changed)) if changed + HELLO_CHANGE > now => return false,
+            _ => (now, true),
+        };
         // Anybody can forge a hello. So a peer that understands batches goes on getting them until
         // it is silent.
         if self.is_live() && self.dialect() == Dialect::Batches {
             (hello.batches, hello.crowded) = (true, false);
         }
-        self.hello = Some((hello, if is_other { now } else { changed }));
+        self.hello = Some((hello, changed));
         is_other
     }
 

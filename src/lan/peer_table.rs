@@ -1,7 +1,7 @@
 //! Table of the peers on the LAN. No I/O. `now` is real time, `t` is lookup time (see [`super`]).
 
 use super::lookups::LookupId;
-use super::peer::{LanPeer, MIN_DUE, MetBy};
+use super::peer::{LanPeer, MetBy};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -33,7 +33,8 @@ impl PeerTable {
         self.peers.get(&address)
     }
 
-    /// The peer at this address, to be changed.
+    /// Returns the peer at this address, to be changed. The next [`PeerTable::plan`] takes over its
+    /// due times.
     pub fn get_mut(&mut self, address: SocketAddr) -> Option<&mut LanPeer> {
         let peer = self.peers.get_mut(&address)?;
         if self.changed.last() != Some(&address) {
@@ -50,7 +51,9 @@ impl PeerTable {
             let Some(peer) = self.peers.get(&address) else { continue };
             self.next_probe = earlier(self.next_probe, peer.next_probe());
             self.next_repeat = earlier(self.next_repeat, peer.repeat_at());
-            let overdue = peer.oldest_owed().map(|since| since + MIN_DUE);
+            // The median is not known here. A median of zero gives the earliest due time.
+            let due = peer.due_after(Some(Duration::ZERO));
+            let overdue = peer.oldest_owed().map(|since| since + due);
             self.next_check = earlier(self.next_check, earlier(overdue, peer.liveness.leaves_at()));
         }
     }

@@ -89,8 +89,8 @@ pub struct Querier {
     lookups: LanLookups,
     overdue: OverdueCheck,
     broadcasts: Broadcasts,
-    /// No probe leaves before this real time, to whatever peer.
-    earliest_probe: Instant,
+    /// No probe to any peer leaves before this time, because of [`PROBE_INTERVAL`]. Real time.
+    probe_allowed_at: Instant,
 }
 
 impl Querier {
@@ -105,7 +105,7 @@ impl Querier {
             lookups: LanLookups::default(),
             overdue: OverdueCheck::new(now),
             broadcasts: Broadcasts::new(timeout, now),
-            earliest_probe: now,
+            probe_allowed_at: now,
         }
     }
 
@@ -130,7 +130,7 @@ impl Querier {
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
         // behind although the machine does not pause.
         let counted = is_open.then(|| self.now + MAX_TURN);
-        let probe = self.peers.next_probe.map(|at| at.max(self.earliest_probe));
+        let probe = self.peers.next_probe.map(|at| at.max(self.probe_allowed_at));
         waits.chain(counted).chain(probe).min()
     }
 
@@ -138,11 +138,11 @@ impl Querier {
     /// ends lookups. `drained` tells whether all received datagrams were handled. If not, no answer
     /// becomes overdue, because it may be among the others.
     pub fn end_turn(&mut self, drained: bool) {
-        self.peers.plan();
         while self.next_batch_at().is_some_and(|at| at <= self.t) {
             let batch = self.lookups.take_batch(self.t);
             self.send_batch(&batch);
         }
+        self.peers.plan();
         for (address, lookups) in self.peers.due_repeats(self.t) {
             self.ask_again(address, &lookups);
         }
@@ -155,10 +155,14 @@ impl Querier {
             let median = self.peers.median_usual();
             given_up.into_iter().for_each(|address| self.give_up(address, median));
         }
-        if self.now >= self.earliest_probe {
+        if self.now >= self.probe_allowed_at {
             let due = self.peers.due_probes(self.now);
             // Peers of which no path is known get no probe, so the next one is tried.
-            due.into_iter().any(|address| self.probe(address));
+            for address in due {
+                if self.probe(address) {
+                    break;
+                }
+            }
         }
         self.peers.plan();
     }
@@ -377,8 +381,8 @@ impl Querier {
 
     // Probes.
 
-    /// Makes probes due, because the network has changed. Lookups wait for peers that are not known,
-    /// and the next one is broadcast.
+    /// Makes probes due, because the network has changed. Lookups wait for peers that are not
+    /// known, and the next one is broadcast.
     pub fn handle_network_change(&mut self) {
         self.broadcasts.restart(self.now);
         self.peers.restart_probes(self.now);
@@ -387,7 +391,7 @@ impl Querier {
     /// Sends a probe to a peer, unless one left to any peer within [`PROBE_INTERVAL`]. Returns
     /// whether a probe was sent.
     pub fn probe(&mut self, address: SocketAddr) -> bool {
-        let is_allowed = self.now >= self.earliest_probe;
+        let is_allowed = self.now >= self.probe_allowed_at;
         let Some(peer) = self.peers.get_mut(address).filter(|_| is_allowed) else { return false };
         peer.liveness.record_probe(self.now, self.t);
         let wanted = match peer.dialect() {
@@ -403,7 +407,7 @@ impl Querier {
         // Broadcast queries serve as probes of a peer for which no path is known.
         let is_sent = wanted.is_some() || peer.dialect() == Dialect::Batches;
         if is_sent {
-            self.earliest_probe = self.now + PROBE_INTERVAL;
+            self.probe_allowed_at = self.now + PROBE_INTERVAL;
             self.send_probe(address, DatagramTarget::Unproven(address), wanted);
         }
         is_sent

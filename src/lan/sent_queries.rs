@@ -38,7 +38,7 @@ pub struct SentQueries {
     /// Queries without an answer so far, the oldest first.
     unanswered: VecDeque<SentBatch>,
     /// When the latest query that was answered was sent.
-    answered: Option<Instant>,
+    latest_answered_sent: Option<Instant>,
     /// When the peer last answered a query.
     pub last_answer: Option<Instant>,
     /// When a *have-only* peer that was given up was asked for a path that was found through it.
@@ -69,11 +69,11 @@ impl SentQueries {
         self.last_answer = Some(t);
         self.verified_at = None;
         // `max`, because this answer may be a late one to an older query.
-        self.answered = self.answered.max(Some(sent));
+        self.latest_answered_sent = self.latest_answered_sent.max(Some(sent));
     }
 
     /// When the latest unanswered query was sent.
-    pub fn last_sent(&self) -> Option<Instant> {
+    pub fn last_unanswered_sent(&self) -> Option<Instant> {
         self.unanswered.back().map(|last| last.sent)
     }
 
@@ -85,9 +85,11 @@ impl SentQueries {
     /// Whether [`MAX_IN_FLIGHT`] queries are unanswered, or one for longer than the delay of a
     /// first repeat. The peer may have vanished, and then datagrams to it wait for ARP.
     pub fn is_behind(&self, t: Instant) -> bool {
-        // An answer to a later query shows that the peer is there.
+        // Only queries sent after the latest answered one count: that answer showed that the peer is
+        // there.
         let newest_first = self.unanswered.iter().rev();
-        let in_flight = newest_first.take_while(|query| Some(query.sent) > self.answered);
+        let in_flight =
+            newest_first.take_while(|query| Some(query.sent) > self.latest_answered_sent);
         in_flight.clone().nth(MAX_IN_FLIGHT - 1).is_some()
             || in_flight.last().is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
     }

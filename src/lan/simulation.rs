@@ -3,10 +3,10 @@
 //! vanish, restart, lie, or are of other versions.
 //!
 //! [`network`] carries the packets. [`scripts`] answers for hosts that do not run this release.
-//! [`clients`] looks paths up as Nix does. All randomness comes from one seed. [`properties`] checks invariants for many seeds. [`scenes`]
-//! checks named situations and their costs. [`table`] prints costs by number of nodes. `make
-//! simulate` runs more seeds: `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>`
-//! prints the packets of one run.
+//! [`clients`] looks paths up as Nix does. All randomness comes from one seed. [`properties`] checks
+//! invariants for many seeds. [`scenes`] checks named situations and their costs. [`table`] prints
+//! costs by number of nodes. `make simulate` runs more seeds: `PEERIX_SIMULATION_SEEDS=100000`.
+//! `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one run.
 
 use super::discovery::{Discovery, DiscoverySettings};
 use super::environment::Environment;
@@ -141,7 +141,7 @@ struct Workload {
     repeats: bool,
 }
 
-/// Nix on all nodes.
+/// The lookups that Nix makes on the nodes, and their outcomes.
 struct Clients {
     workloads: BTreeMap<usize, Workload>,
     next_lookup: LookupId,
@@ -151,7 +151,7 @@ struct Clients {
 }
 
 /// Faults and traffic of the network.
-struct Network {
+struct SimulatedNetwork {
     /// Probability that a packet is lost.
     loss: f64,
     /// Probability that a packet is delivered twice.
@@ -173,7 +173,7 @@ struct Simulation {
     queue: BTreeMap<(Duration, u64), Act>,
     hosts: Vec<Host>,
     clients: Clients,
-    network: Network,
+    network: SimulatedNetwork,
 }
 
 /// Address of the first host.
@@ -208,7 +208,7 @@ impl Simulation {
                 think: 10 * MS,
                 outcomes: Vec::new(),
             },
-            network: Network {
+            network: SimulatedNetwork {
                 loss: 0.0,
                 duplication: 0.0,
                 packets: 0,

@@ -122,8 +122,8 @@ impl DiscoverySockets {
     }
 
     /// Blocks until a datagram can be read, one of `wakers` is readable, the kernel reports a
-    /// change of network, or `wait` is over. Resets `wakers`. Returns the indexes of the sockets that
-    /// have datagrams, for [`DiscoverySockets::receive`].
+    /// change of network, or `wait` is over. Resets `wakers`. Returns the indexes of the sockets
+    /// that have datagrams, for [`DiscoverySockets::receive`].
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) -> Vec<usize> {
         self.send_time_left = SEND_TIMEOUT;
         let mut fds: Vec<PollFd<'_>> =
@@ -265,8 +265,8 @@ fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
     bound.ip().is_unspecified() || *bound.ip() == MULTICAST_GROUP && bound.scope_id() == index
 }
 
-/// Returns the address whose sockets reach `target`: one bound to all addresses, or to an address in
-/// the target's network. A unicast target on no connected network, which `--peer` names, is reached
+/// Returns the address whose sockets reach `target`: one bound to all addresses, or to an address
+/// in the target's network. A unicast target on no connected network, which `--peer` names, is reached
 /// through any socket bound to an address of this machine.
 fn socket_for(
     target: SocketAddr,
@@ -289,11 +289,11 @@ fn socket_for(
     };
     let far = |ip: IpAddr| !ip.is_loopback() && !ip.is_multicast() && !is_broadcast(ip);
     let to_one = !target.ip().is_multicast() && !is_broadcast(target.ip());
-    let mut fitting = bound
+    let mut same_family = bound
         .iter()
         .filter(|bound| bound.is_dual_stack || bound.address.is_ipv4() == target.is_ipv4());
-    let found = fitting.clone().find(|bound| near(bound.address.ip()));
-    found.or_else(|| fitting.find(|bound| to_one && far(bound.address.ip()))).copied()
+    let found = same_family.clone().find(|bound| near(bound.address.ip()));
+    found.or_else(|| same_family.find(|bound| to_one && far(bound.address.ip()))).copied()
 }
 
 #[cfg(test)]

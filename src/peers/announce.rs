@@ -70,7 +70,7 @@ impl Trackers {
         let (end, ended) = bounded(0);
         for tracker in &trackers {
             log::info!("tracker {}: knows this node as {}", tracker.url(), tracker.peer_id());
-            let (jobs, queue) = bounded(MAX_JOBS);
+            let (sender, jobs) = bounded(MAX_JOBS);
             let backoff = || Backoff::new(FIRST_PAUSE, MAX_PAUSE);
             let worker = AnnouncerThread {
                 tracker: tracker.clone(),
@@ -80,7 +80,7 @@ impl Trackers {
                 announces: AnnounceSchedule::new(backoff()),
                 upload: FilterUpload::new(tracker.clone(), publication.clone(), backoff()),
                 transfers: TransferQueue::new(tracker.clone(), backoff()),
-                queue,
+                jobs,
                 stopped: stopped.clone(),
             };
             let (on_end, end) = (on_end.clone(), end.clone());
@@ -90,7 +90,7 @@ impl Trackers {
                 defer!(on_end());
                 worker.run();
             })?;
-            announcers.push(Announcer { tracker: tracker.clone(), jobs });
+            announcers.push(Announcer { tracker: tracker.clone(), jobs: sender });
         }
         Ok(Trackers { port: me.port, announcers, running: Mutex::new(Some(running)), ended })
     }
@@ -229,7 +229,7 @@ struct AnnouncerThread {
     announces: AnnounceSchedule,
     upload: FilterUpload,
     transfers: TransferQueue,
-    queue: Receiver<TransferJob>,
+    jobs: Receiver<TransferJob>,
     stopped: Receiver<()>,
 }
 
@@ -302,13 +302,13 @@ impl AnnouncerThread {
             .min(reports.unwrap_or(self.announces.next));
         select! {
             recv(self.stopped) -> _ => return false,
-            recv(self.queue) -> job => match job {
+            recv(self.jobs) -> job => match job {
                 Ok(job) => self.transfers.add(job),
                 Err(_) => return false,
             },
             default(deadline.saturating_duration_since(now)) => {}
         }
-        for job in self.queue.try_iter() {
+        for job in self.jobs.try_iter() {
             self.transfers.add(job);
         }
         self.stopped.try_recv() != Err(TryRecvError::Disconnected)

@@ -1,4 +1,4 @@
-//! Lookup of a path in discovery, for as long as discovery waits for this node's requests.
+//! Lookup of a path in discovery that settles itself when it is dropped.
 
 use crate::lan::{DiscoveryClient, LookupId, LookupUpdate};
 use crate::nix::HashPart;

@@ -94,7 +94,7 @@ impl LanSource {
                             (asked, in_flight) = (asked + 1, in_flight + 1);
                         }
                     }
-                    Ok(LookupUpdate::Ended { .. }) | Err(_) => lookup.updates = None,
+                    Ok(LookupUpdate::Ended { .. }) | Err(_) => { lookup.end(); }
                 },
                 recv(results) -> answer => match answer {
                     Ok((_, Some(log))) => return Some(log),

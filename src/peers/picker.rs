@@ -6,9 +6,10 @@
 //! therefore uses all their links. A peer with unknown pace counts as fast as the fastest known
 //! one, so that its pace is measured.
 
+use super::health::{Eligibility, PeerHealth, PeerKey};
 use super::pace::PeerLoad;
 use std::cmp::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Assumed pace, in bytes per second, while no peer's pace is known: a LAN of 100 Mbit/s.
 const DEFAULT_PACE: f64 = 12.5e6;
@@ -35,6 +36,19 @@ pub enum HealthRank {
     Doubtful,
     /// The peer is in a pause after a failure.
     LastResort,
+}
+
+impl HealthRank {
+    /// Rank of a peer at `now`. `None` if it must not be asked.
+    pub fn of(peer: impl Into<PeerKey>, health: &PeerHealth, now: Instant) -> Option<HealthRank> {
+        let peer = peer.into();
+        Some(match health.eligibility(peer, now) {
+            Eligibility::Now if health.is_doubtful(peer) => HealthRank::Doubtful,
+            Eligibility::Now => HealthRank::Good,
+            Eligibility::Last => HealthRank::LastResort,
+            Eligibility::Never => return None,
+        })
+    }
 }
 
 /// What the choice knows about one holder of the NAR.

@@ -5,7 +5,7 @@ use super::friends::Friends;
 use crate::http_client;
 use crate::resolver::{NameResolver, parse_address};
 use crate::time_scale::Interval;
-use crate::wire::tracker::{MAX_ADDR, can_be_peer};
+use crate::wire::tracker::{MAX_ADDR, TrackerName, can_be_peer};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -120,7 +120,7 @@ fn meet(
     friends: &Arc<Friends>,
     (host, port): (Option<String>, u16),
 ) -> Option<IpAddr> {
-    let tracker = http_client::authority(url);
+    let tracker = TrackerName::of_url(url);
     let (own, all) = (*friends.list().own(), friends.list().all());
     let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, &tracker)).collect();
     let request = MeetRequest { port, addr: host.as_deref(), tags: &tags };

@@ -12,7 +12,7 @@ use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::concurrency_limit::ConcurrencyLimit;
 use super::health::{Eligibility, PeerHealth, PeerKey};
-use super::request_pool::{POOL_RETRY_DELAY, RequestPool, RequestTarget};
+use super::request_pool::{RequestPool, RequestTarget};
 use crate::backoff;
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
@@ -41,6 +41,8 @@ const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(500);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Longest delay before such a candidate is asked again.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
+/// Delay before the next attempt at an address while requests to it are in progress.
+const ADDRESS_RETRY_DELAY: Duration = Duration::from_millis(10);
 /// Delay before the next attempt at an address whose connection rate is used up: the interval at
 /// which that rate admits connections. Also the longest wait for such an address if none of its
 /// candidates has ever answered, as many ports of one victim do not.
@@ -90,7 +92,7 @@ impl WanSource {
             wan: self.clone(),
             hash_part: *hash_part,
             deadline: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
-            trackers: TrackerLookups::default(),
+            tracker_lookups: TrackerLookups::default(),
             candidates: Vec::new(),
             limit: ConcurrencyLimit::new(FIRST_IN_FLIGHT),
             sender,
@@ -146,7 +148,7 @@ pub struct WanSearch {
     hash_part: HashPart,
     /// End of the search. It may come sooner once the search has begun.
     deadline: Instant,
-    trackers: TrackerLookups,
+    tracker_lookups: TrackerLookups,
     candidates: Vec<CandidateState>,
     limit: ConcurrencyLimit,
     sender: Sender<NarinfoAnswer>,
@@ -192,7 +194,7 @@ impl WanSearch {
     /// Restarts the time limit of the search for alternate holders. The search ends at `deadline`
     /// at the latest.
     pub fn resume(&mut self, deadline: Instant) {
-        let has_begun = self.trackers.began().is_some();
+        let has_begun = self.tracker_lookups.began().is_some();
         self.deadline =
             if has_begun { deadline.min(Instant::now() + WAN_TIMEOUT.get()) } else { deadline };
     }
@@ -228,8 +230,8 @@ impl WanSearch {
     /// Returns the next narinfo of a holder; `None` if no candidate is left or time is up. Blocks
     /// for at most 4 s from the first call, or from the last [`WanSearch::resume`].
     pub fn next_offer(&mut self) -> Option<WanOffer> {
-        if self.trackers.began().is_none() {
-            self.trackers.begin(&self.wan.trackers);
+        if self.tracker_lookups.began().is_none() {
+            self.tracker_lookups.begin(&self.wan.trackers);
             self.deadline = self.deadline.min(Instant::now() + WAN_TIMEOUT.get());
         }
         loop {
@@ -242,7 +244,7 @@ impl WanSearch {
                 let _ = sender.send(NarinfoAnswer::Tracker { index, answer });
             };
             let WanSource { requests, names, .. } = &*self.wan;
-            let is_blocked = !self.trackers.call(self.hash_part, requests, names, now, send)
+            let is_blocked = !self.tracker_lookups.call(self.hash_part, requests, names, now, send)
                 | !self.send_requests(now);
             let Some(wake_up) = self.next_wake_up(is_blocked, now) else { break };
             select! {
@@ -272,10 +274,10 @@ impl WanSearch {
         };
         // Only the end of the search bounds this wait: `NAMES_TIMEOUT` bounds the resolution
         // itself.
-        let names = self.trackers.is_resolving().then_some(self.deadline);
+        let names = self.tracker_lookups.is_resolving().then_some(self.deadline);
         let candidates = self.candidates.iter().filter_map(candidate);
-        let blocked = is_blocked.then(|| now + POOL_RETRY_DELAY);
-        let lookups = self.trackers.next_wake_up(now).into_iter();
+        let blocked = is_blocked.then(|| now + ADDRESS_RETRY_DELAY);
+        let lookups = self.tracker_lookups.next_wake_up(now).into_iter();
         let awaited = lookups.chain(names).chain(candidates).chain(blocked).min()?;
         let increase = self.limit.next_increase();
         Some(increase.map_or(awaited, |increase| awaited.min(increase)).min(self.deadline))
@@ -390,7 +392,7 @@ impl WanSearch {
         candidate.phase = if now >= deadline {
             CandidatePhase::Done
         } else {
-            let pause = if is_asked { POOL_RETRY_DELAY } else { RATE_RETRY_DELAY };
+            let pause = if is_asked { ADDRESS_RETRY_DELAY } else { RATE_RETRY_DELAY };
             CandidatePhase::Untried(deadline.min(now + pause))
         };
         true
@@ -412,7 +414,7 @@ impl WanSearch {
         let is_awaited = |index: &usize| self.is_awaited(&self.candidates[*index], now);
         let others_are_left = order.iter().any(|index| !is_doubtful(index))
             || all.clone().any(|index| is_awaited(&index) && !is_doubtful(&index))
-            || self.trackers.may_name_more(now);
+            || self.tracker_lookups.may_name_more(now);
         if others_are_left {
             order.retain(|index| !is_doubtful(index));
         }
@@ -479,7 +481,7 @@ impl WanSearch {
     fn handle_answer(&mut self, answer: NarinfoAnswer) -> Option<WanOffer> {
         match answer {
             NarinfoAnswer::Tracker { index, answer } => {
-                let located = self.trackers.handle(index, answer);
+                let located = self.tracker_lookups.handle(index, answer);
                 self.add_candidates(index, located);
                 None
             }
@@ -531,21 +533,21 @@ impl WanSearch {
     /// Many silent candidates delay Nix.
     fn record_results(&mut self) {
         let now = Instant::now();
-        let began = self.trackers.began().unwrap_or(now);
-        for call in &self.trackers.lookups {
+        let began = self.tracker_lookups.began().unwrap_or(now);
+        for lookup in &self.tracker_lookups.lookups {
             let named = || {
-                self.candidates.iter().filter(|candidate| candidate.origin.tracker == call.index)
+                self.candidates.iter().filter(|candidate| candidate.origin.tracker == lookup.index)
             };
             let alive = named().filter(|candidate| candidate.answered).count();
             // A candidate that had no time to answer because another was faster is not silent.
-            if call.is_answered && !self.found {
+            if lookup.is_answered && !self.found {
                 let silent = named().filter(|candidate| self.is_silent(candidate)).count();
-                call.tracker.record_candidates(alive, silent, began, now);
+                lookup.tracker.record_candidates(alive, silent, began, now);
             } else if alive > 0 {
-                call.tracker.record_candidates(alive, 0, began, now);
+                lookup.tracker.record_candidates(alive, 0, began, now);
             }
         }
-        self.trackers.record_failures(self.found, now);
+        self.tracker_lookups.record_failures(self.found, now);
     }
 }
 
@@ -581,7 +583,7 @@ mod tests {
         let mut search = Arc::new(wan).search(&HashPart::parse(&[b'0'; 32]).unwrap());
         let now = Instant::now();
         let tracker = search.wan.trackers.all().next().unwrap().clone();
-        search.trackers = TrackerLookups::asked(tracker, now);
+        search.tracker_lookups = TrackerLookups::asked(tracker, now);
         search.deadline = now + Duration::from_secs(3600);
         search
     }
@@ -668,7 +670,7 @@ mod tests {
         let mut search = search(|_| Vec::new());
         let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
         name_candidates(&mut search, ports);
-        let tracker = search.trackers.lookups[0].tracker.clone();
+        let tracker = search.tracker_lookups.lookups[0].tracker.clone();
         let now = Instant::now();
         use_up_rate(&search, 1, now);
         for (millis, ends) in [(0, false), (199, false), (200, true)] {
@@ -681,7 +683,7 @@ mod tests {
         search.record_results();
         let timeout = tracker.unproven_timeout().unwrap();
         // A later lookup waits no longer than for candidates that are asked.
-        search.trackers.lookups[0].is_answered = false;
+        search.tracker_lookups.lookups[0].is_answered = false;
         let ports = (1..=64).map(|port| candidate("203.0.113.2", port)).collect();
         name_candidates(&mut search, ports);
         let later = Instant::now();
@@ -709,7 +711,7 @@ mod tests {
         while hang() {}
         let ports = || (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
         name_candidates(&mut search, ports());
-        let tracker = search.trackers.lookups[0].tracker.clone();
+        let tracker = search.tracker_lookups.lookups[0].tracker.clone();
         assert!(!search.send_requests(Instant::now()));
         assert!(!is_over(&search), "one of the requests may show that somebody is there");
         search.record_results();
@@ -729,7 +731,7 @@ mod tests {
             let mut search = search(|_| Vec::new());
             let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
             name_candidates(&mut search, ports);
-            let tracker = search.trackers.lookups[0].tracker.clone();
+            let tracker = search.tracker_lookups.lookups[0].tracker.clone();
             let now = Instant::now();
             if is_suspected {
                 tracker.record_candidates(0, 64, now, now);

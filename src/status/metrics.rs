@@ -1,8 +1,8 @@
 //! `/metrics` in the Prometheus text format, version 0.0.4, and the text of `/health`.
 
-use super::report::{Liveness, NodeReport, PeerReport, Problem, StatusReport, TrackerState};
+use super::report::{NodeReport, PeerReport, PeerState, Problem, StatusReport, TrackerState};
 use super::{StatusService, text};
-use crate::stats::{Counter, Histogram, Stats, Totals};
+use crate::stats::{Counter, Histogram, Stats};
 use std::fmt::Write;
 
 /// Names and values of a series' labels.
@@ -67,7 +67,7 @@ impl StatusService {
         let mut all = MetricsText(String::new());
         node(&mut all, &report);
         lookups(&mut all, &self.stats);
-        nars(&mut all, &report.totals.start.totals);
+        nars(&mut all, &report);
         peers(&mut all, &report, self.discovery.dropped());
         self.peer_series(&mut all);
         all.0
@@ -164,8 +164,9 @@ fn lookups(all: &mut MetricsText, stats: &Stats) {
     all.histogram("first_byte_seconds", ("network", "wan"), &transfers.first_byte_wan);
 }
 
-/// Totals of the NARs that came from peers and went to them.
-fn nars(all: &mut MetricsText, totals: &Totals) {
+/// Totals of the NARs that came from peers and went to them, and the running transfers.
+fn nars(all: &mut MetricsText, report: &StatusReport) {
+    let totals = &report.totals.start.totals;
     let get = |count| totals.get(count) as f64;
     for (name, help, lan, wan) in [
         (
@@ -190,15 +191,15 @@ fn nars(all: &mut MetricsText, totals: &Totals) {
     ] {
         all.one(name, "counter", help, get(count));
     }
-}
-
-/// Metrics of the running transfers, the peers and the trackers. `dropped` is the number of
-/// datagrams that were not sent.
-fn peers(all: &mut MetricsText, report: &StatusReport, dropped: u64) {
     let running =
         |way| report.transfers.iter().filter(|transfer| transfer.direction == way).count();
     let transfers = ["in", "out"].map(|way| (way, running(way) as f64));
     all.by("direction", ("transfers", "gauge", "NARs under way."), transfers);
+}
+
+/// Metrics of the peers and the trackers. `dropped` is the number of
+/// datagrams that were not sent.
+fn peers(all: &mut MetricsText, report: &StatusReport, dropped: u64) {
     let is_known = |peer: &&PeerReport| peer.found_by != "request";
     let known = |network| {
         report.peers.iter().filter(is_known).filter(|peer| peer.network == network).count()
@@ -221,7 +222,7 @@ fn peers(all: &mut MetricsText, report: &StatusReport, dropped: u64) {
 /// Counts the live and the silent LAN peers. A `--peer` that was never heard is not counted.
 fn lan_peers(all: &mut MetricsText, peers: &[PeerReport]) {
     let count = |state| peers.iter().filter(|peer| peer.state == Some(state)).count() as f64;
-    let counts = [("live", count(Liveness::Live)), ("silent", count(Liveness::Silent))];
+    let counts = [("live", count(PeerState::Live)), ("silent", count(PeerState::Silent))];
     let help = "Peers on the LAN that answer, and that were given up.";
     all.by("state", ("lan_peers", "gauge", help), counts);
 }
@@ -247,10 +248,10 @@ mod tests {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
         let peer = |network, state| PeerReport { state, ..empty(address, network) };
         let peers = [
-            peer(Network::Lan, Some(Liveness::Live)),
-            peer(Network::Lan, Some(Liveness::Live)),
-            peer(Network::Lan, Some(Liveness::Silent)),
-            peer(Network::Lan, Some(Liveness::Unheard)),
+            peer(Network::Lan, Some(PeerState::Live)),
+            peer(Network::Lan, Some(PeerState::Live)),
+            peer(Network::Lan, Some(PeerState::Silent)),
+            peer(Network::Lan, Some(PeerState::Unheard)),
             peer(Network::Lan, None),
             peer(Network::Wan, None),
         ];

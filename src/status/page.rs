@@ -5,7 +5,7 @@
 //! is escaped by [`escape`].
 
 use super::report::{
-    FriendReport, Liveness, LookupReport, NodeReport, PeerReport, StatusReport, TotalsSince,
+    FriendReport, LookupReport, NodeReport, PeerReport, PeerState, StatusReport, TotalsSince,
     TransferReport,
 };
 use super::text::{bytes, escape, found_by, long, moment, percent, plural, short};
@@ -313,13 +313,13 @@ fn tag(network: &str) -> String {
 /// because the user expects it to be there.
 fn state(p: &PeerReport, now: f64) -> String {
     let state = match (p.state, p.silent_since) {
-        (Some(Liveness::Live), _) => "live".into(),
-        (Some(Liveness::Silent), Some(since)) => format!("silent since {}", moment(since, now)),
-        (Some(Liveness::Silent), None) => "silent".into(),
-        (Some(Liveness::Unheard), _) => "never heard".into(),
+        (Some(PeerState::Live), _) => "live".into(),
+        (Some(PeerState::Silent), Some(since)) => format!("silent since {}", moment(since, now)),
+        (Some(PeerState::Silent), None) => "silent".into(),
+        (Some(PeerState::Unheard), _) => "never heard".into(),
         (None, _) => String::new(),
     };
-    let is_missed = p.found_by == "flag" && p.state.is_some_and(|state| state != Liveness::Live);
+    let is_missed = p.found_by == "flag" && p.state.is_some_and(|state| state != PeerState::Live);
     let state = if is_missed { format!("<span class=\"bad\">{state}</span>") } else { state };
     let heard = p.last_heard.map(|at| long(now - at));
     let heard = heard.map(|age| format!("<span class=\"soft\">heard {age} ago</span>"));
@@ -453,7 +453,7 @@ fn bars(x: u64, hour: &Hour, scale: f64) -> String {
     )
 }
 
-/// The same data as a table, to be unfolded.
+/// Table of the hours in the chart, folded at first.
 fn hour_table(shown: &[(u64, &Hour)], now: f64) -> String {
     if shown.is_empty() {
         return "<p class=\"none\">Nothing happened in these hours.</p>".into();
@@ -487,8 +487,8 @@ mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
 
     /// Row of a LAN peer at 1180 s. A silent peer has been silent since 1000 s.
-    fn row(found_by: &'static str, state: Option<Liveness>, last_heard: Option<f64>) -> String {
-        let silent_since = (state == Some(Liveness::Silent)).then_some(1000.0);
+    fn row(found_by: &'static str, state: Option<PeerState>, last_heard: Option<f64>) -> String {
+        let silent_since = (state == Some(PeerState::Silent)).then_some(1000.0);
         let address = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 1));
         let unknown = empty(address, Network::Lan);
         peer(&PeerReport { found_by, state, silent_since, last_heard, ..unknown }, 1180.0)
@@ -496,10 +496,10 @@ mod tests {
 
     #[test]
     fn state_shows_liveness_and_last_heard() {
-        let live = row("query", Some(Liveness::Live), Some(1177.0));
+        let live = row("query", Some(PeerState::Live), Some(1177.0));
         assert!(live.contains(">its query<"), "{live}");
         assert!(live.contains(">live, <span class=\"soft\">heard 3 s ago</span><"), "{live}");
-        let silent = row("broadcast", Some(Liveness::Silent), Some(880.0));
+        let silent = row("broadcast", Some(PeerState::Silent), Some(880.0));
         assert!(silent.contains(">hello<") && silent.contains(">silent since <time "), "{silent}");
         let heard = ">00:16:40 UTC</time>, <span class=\"soft\">heard 5 min ago</span><";
         assert!(silent.contains(heard), "{silent}");
@@ -513,11 +513,11 @@ mod tests {
 
     #[test]
     fn named_peer_without_answer_is_highlighted() {
-        let live = row("flag", Some(Liveness::Live), Some(1177.0));
+        let live = row("flag", Some(PeerState::Live), Some(1177.0));
         assert!(live.contains(">--peer<") && !live.contains("class=\"bad\""), "{live}");
-        let silent = row("flag", Some(Liveness::Silent), None);
+        let silent = row("flag", Some(PeerState::Silent), None);
         assert!(silent.contains("<span class=\"bad\">silent since <time "), "{silent}");
-        let unheard = row("flag", Some(Liveness::Unheard), None);
+        let unheard = row("flag", Some(PeerState::Unheard), None);
         assert!(unheard.contains("<span class=\"bad\">never heard</span><"), "{unheard}");
     }
 

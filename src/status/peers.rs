@@ -1,7 +1,7 @@
 //! Rows of the peers. Discovery, the health of peers and their traffic each add to them.
 
 use super::clock::{ClockReading, seconds};
-use super::report::{AvoidanceReport, Liveness, PeerReport};
+use super::report::{AvoidanceReport, PeerReport, PeerState};
 use crate::lan::Neighbour;
 use crate::peers::health::PeerHealth;
 use crate::stats::{Network, PeerTraffic, TrafficKey};
@@ -101,11 +101,11 @@ impl PeerRows {
     }
 }
 
-fn liveness(neighbour: &Neighbour) -> Liveness {
+fn liveness(neighbour: &Neighbour) -> PeerState {
     match (neighbour.silent_since, neighbour.heard) {
-        (Some(_), _) => Liveness::Silent,
-        (None, Some(_)) => Liveness::Live,
-        (None, None) => Liveness::Unheard,
+        (Some(_), _) => PeerState::Silent,
+        (None, Some(_)) => PeerState::Live,
+        (None, None) => PeerState::Unheard,
     }
 }
 
@@ -157,11 +157,11 @@ mod tests {
             assert_eq!(row.address, address.to_string());
             (row.found_by, row.state.unwrap(), row.last_heard, row.silent_since)
         };
-        assert_eq!(row(at(1, 1)), ("query", Liveness::Live, Some(1001.0), None));
-        assert_eq!(row(at(2, 1)), ("broadcast", Liveness::Silent, Some(1001.0), Some(1002.0)));
-        assert_eq!(row(at(3, 1)), ("flag", Liveness::Unheard, None, None));
-        assert_eq!(row(at(4, 1)), ("flag", Liveness::Live, Some(1001.0), None));
-        assert_eq!(row(at(4, 2)), ("flag", Liveness::Silent, None, Some(1003.0)));
+        assert_eq!(row(at(1, 1)), ("query", PeerState::Live, Some(1001.0), None));
+        assert_eq!(row(at(2, 1)), ("broadcast", PeerState::Silent, Some(1001.0), Some(1002.0)));
+        assert_eq!(row(at(3, 1)), ("flag", PeerState::Unheard, None, None));
+        assert_eq!(row(at(4, 1)), ("flag", PeerState::Live, Some(1001.0), None));
+        assert_eq!(row(at(4, 2)), ("flag", PeerState::Silent, None, Some(1003.0)));
         // Traffic is counted by the IP address alone.
         assert!(rows.0.contains_key(&TrafficKey::asker(Network::Lan, at(4, 0).ip())));
     }

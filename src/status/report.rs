@@ -130,7 +130,7 @@ pub struct FriendReport {
 /// Whether a LAN peer answers, so that lookups ask it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Liveness {
+pub enum PeerState {
     /// Lookups ask the peer, and it has been heard.
     Live,
     /// The peer was given up: lookups send it no queries until it answers a probe.
@@ -148,7 +148,7 @@ pub struct PeerReport {
     pub found_by: &'static str,
     pub id: Option<String>,
     pub last_heard: Option<f64>,
-    pub state: Option<Liveness>,
+    pub state: Option<PeerState>,
     pub silent_since: Option<f64>,
     pub round_trip_seconds: Option<f64>,
     pub narinfo_seconds: Option<f64>,

@@ -40,11 +40,11 @@ const DAEMON_TIMEOUT: Timeout = Timeout::from_secs(2);
 /// Least time between two attempts to wake nix-daemon.
 const DAEMON_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Time that a process can need to open or close the database if it is preempted meanwhile. If no
-/// query has succeeded for this long, queries fail with [`StoreError::WalUnavailable`] after one
-/// attempt.
+/// Time that a process can need to open or close the database if it is preempted meanwhile. Once
+/// attempts have failed for this long without a success between them, queries fail with
+/// [`StoreError::WalUnavailable`] after one attempt.
 const TRANSITION_TIMEOUT: Timeout = Timeout::from_secs(1);
-/// Pause between two attempts to read the database meanwhile.
+/// Pause between two attempts to read a database that another process opens or closes.
 const TRANSITION_POLL: Duration = Duration::from_millis(2);
 
 /// Location of the database and of what belongs to it.
@@ -251,10 +251,9 @@ impl ConnectionPool {
                 Err(error) => daemon_error = error.to_string(),
             }
         }
-        let result = self.query_during_transition(lease, query, deadline);
-        let unavailable =
-            || StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_error };
-        result.unwrap_or_else(|| Err(unavailable()))
+        self.query_during_transition(lease, query, deadline).unwrap_or_else(|| {
+            Err(StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_error })
+        })
     }
 
     /// Queries the database as immutable, or as soon as another process has it open. `None` if
@@ -285,16 +284,16 @@ impl ConnectionPool {
             if let Some(result) = self.finish_attempt(answer, OpenMethod::Plain) {
                 return Some(result);
             }
-            if left(deadline).is_zero() || self.is_stuck(Instant::now()) {
+            if left(deadline).is_zero() || self.record_failed_attempt(Instant::now()) {
                 return None;
             }
             thread::sleep(TRANSITION_POLL.min(left(deadline)));
         }
     }
 
-    /// Records a failed attempt at `now`. Returns whether all attempts have failed for
+    /// Records a failed attempt at `now`. Returns true if all attempts have failed for
     /// [`TRANSITION_TIMEOUT`].
-    fn is_stuck(&self, now: Instant) -> bool {
+    fn record_failed_attempt(&self, now: Instant) -> bool {
         let timeout = TRANSITION_TIMEOUT.get();
         let mut state = self.state.lock();
         // A failure long before says nothing about this one.

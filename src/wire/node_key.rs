@@ -1,5 +1,6 @@
 //! The public key that identifies a node, and the digests of it by which only friends recognise it.
 
+use super::tracker::TrackerName;
 use crate::nix::Malformed;
 use data_encoding::{BASE64, HEXLOWER};
 use ring::digest::{Context, SHA256};
@@ -51,10 +52,15 @@ impl NodeKey {
 
     /// Returns the tag under which two friends find each other at a tracker, 64 hexadecimal digits.
     /// It depends on both keys, so only nodes that know both can look it up. It depends on the
-    /// tracker's name (host and port), so trackers cannot compare tags.
-    pub fn tag(&self, other: &NodeKey, tracker: &str) -> String {
+    /// tracker, so trackers cannot compare tags.
+    pub fn tag(&self, other: &NodeKey, tracker: &TrackerName) -> String {
         let (low, high) = (self.min(other), self.max(other));
-        HEXLOWER.encode(&sha256(&[b"peerix friends 1\n", &low.0, &high.0, tracker.as_bytes()]))
+        HEXLOWER.encode(&sha256(&[
+            b"peerix friends 1\n",
+            &low.0,
+            &high.0,
+            tracker.as_str().as_bytes(),
+        ]))
     }
 }
 
@@ -125,11 +131,11 @@ mod tests {
     #[test]
     fn tag_is_symmetric_and_differs_by_tracker() {
         let (a, b, c) = (NodeKey([1; 32]), NodeKey([2; 32]), NodeKey([3; 32]));
-        let tag = a.tag(&b, "tracker.example:12305");
-        assert_eq!(tag, b.tag(&a, "tracker.example:12305"));
+        let tracker = TrackerName::of_url("http://tracker.example:12305");
+        let other = TrackerName::of_url("http://other.example:12305");
+        let tag = a.tag(&b, &tracker);
+        assert_eq!(tag, b.tag(&a, &tracker));
         assert_eq!(tag.len(), 64);
-        assert!(
-            tag != a.tag(&c, "tracker.example:12305") && tag != a.tag(&b, "other.example:12305")
-        );
+        assert!(tag != a.tag(&c, &tracker) && tag != a.tag(&b, &other));
     }
 }

@@ -14,6 +14,7 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
+use ureq::http::Uri;
 
 /// Maximum length of a peer ID in bytes. IDs of the original are UUIDs. Longer ones are refused.
 pub const MAX_PEER_ID: usize = 128;
@@ -297,6 +298,27 @@ impl Proof {
     }
 }
 
+/// Name under which nodes know a tracker: host and port of its URL, as
+/// `tracker.example.org:12305`. The host is in lower case, and the port is there also where it is
+/// the default, so that nodes with different spellings of a URL have the same name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrackerName(String);
+
+impl TrackerName {
+    /// Returns the name of the tracker at `url`: the whole text if that is not a valid URL.
+    pub fn of_url(url: &str) -> TrackerName {
+        let Ok(uri) = url.parse::<Uri>() else { return TrackerName(url.to_owned()) };
+        let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+        TrackerName(format!("{host}:{}", uri.port_u16().unwrap_or(default)))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// The secret ed25519 key of a node. Its `Debug` output has only the public key.
 pub struct Identity {
     seed: [u8; Identity::SEED_LEN],
@@ -315,12 +337,12 @@ impl Identity {
         Identity { seed: *seed, key, public }
     }
 
-    /// Derives the identity for one tracker, named by its configured host and port
-    /// (`tracker.example.org:12305`). A request signed for one tracker is not valid for another,
-    /// and trackers cannot tell that two of their peers are one node.
-    pub fn for_tracker(&self, authority: &str) -> Self {
+    /// Derives the identity for one tracker. A request signed for one tracker is not valid for
+    /// another, and trackers cannot tell that two of their peers are one node.
+    pub fn for_tracker(&self, tracker: &TrackerName) -> Self {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &self.seed);
-        let seed = hmac::sign(&key, format!("peerix tracker key 1\n{authority}\n").as_bytes());
+        let text = format!("peerix tracker key 1\n{}\n", tracker.as_str());
+        let seed = hmac::sign(&key, text.as_bytes());
         Identity::from_seed(seed.as_ref().try_into().expect("SHA-256 has the 32 bytes of a seed"))
     }
 
@@ -507,11 +529,26 @@ mod tests {
     }
 
     #[test]
+    fn tracker_name_is_host_and_port_of_url() {
+        for (url, name) in [
+            ("http://Tracker.example:12305", "tracker.example:12305"),
+            ("https://tracker.example", "tracker.example:443"),
+            ("http://tracker.example/path", "tracker.example:80"),
+            ("http://[2001:db8::1]:9", "[2001:db8::1]:9"),
+        ] {
+            assert_eq!(TrackerName::of_url(url).as_str(), name);
+        }
+    }
+
+    #[test]
     fn key_for_tracker_is_stable_and_unique() {
-        let of = |name: &str| identity().for_tracker(name).public().to_owned();
+        let named = |name: &str| TrackerName::of_url(&format!("http://{name}"));
+        let of = |name: &str| identity().for_tracker(&named(name)).public().to_owned();
         assert_eq!(of("a.example:12305"), of("a.example:12305"));
-        let other =
-            Identity::from_seed(&[8; 32]).for_tracker("a.example:12305").public().to_owned();
+        let other = Identity::from_seed(&[8; 32])
+            .for_tracker(&named("a.example:12305"))
+            .public()
+            .to_owned();
         let keys = [
             of("a.example:12305"),
             of("a.example:80"),

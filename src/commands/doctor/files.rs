@@ -4,7 +4,7 @@
 use crate::commands::report::Findings;
 use crate::commands::shell::quote;
 use crate::config::Config;
-use crate::store::{Store, StoreConfig, StoreError};
+use crate::store::{Store, StoreError};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
@@ -14,41 +14,34 @@ use std::path::Path;
 /// disk, and on a locked database for seconds.
 pub(super) fn check_database(report: &mut Findings, config: &Config) {
     let (db, uid) = (config.db.display(), rustix::process::getuid());
-    match open_store(config) {
+    match Store::open(config.into()) {
         Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
         // Root can read every file, and the daemon may run as another user.
         Ok(_) if uid.is_root() && !is_readable(&config.db) => {
             report.fail(
                 "database",
                 format!("{db}: only its owner may read it, and peerix may run as another user"),
-                make_readable(&config.db),
+                readable_remedy(&config.db),
             );
         }
         Ok(_) => report.ok("database", format!("{db} can be read by this user ({})", uid.as_raw())),
     }
 }
 
-/// Returns the remedy for a daemon that cannot open Nix's database. Blocks like [`check_database`].
+/// Returns the remedy for a daemon that cannot open Nix's database. Blocks on the
+/// disk, and on a locked database for seconds.
 pub(super) fn database_remedy(config: &Config) -> String {
-    match open_store(config) {
+    match Store::open(config.into()) {
         Err(e) => store_remedy(&e, &config.db),
         // This user can open the database, and the daemon's user cannot.
-        Ok(_) => make_readable(&config.db),
+        Ok(_) => readable_remedy(&config.db),
     }
-}
-
-fn open_store(config: &Config) -> Result<Store, StoreError> {
-    Store::open(StoreConfig {
-        store_dir: config.store_dir.clone(),
-        db: config.db.clone(),
-        root: config.root.clone(),
-    })
 }
 
 fn store_remedy(e: &StoreError, db: &Path) -> String {
     let file = quote(&db.display().to_string());
     match e {
-        StoreError::Unreadable { .. } => make_readable(db),
+        StoreError::Unreadable { .. } => readable_remedy(db),
         StoreError::WalUnavailable { .. } => "systemctl enable --now nix-daemon.socket".into(),
         StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
         // `nix-store --verify` would remove these paths from the database.
@@ -75,7 +68,7 @@ fn is_readable(file: &Path) -> bool {
 }
 
 /// Returns the command that lets every user read the database.
-fn make_readable(db: &Path) -> String {
+fn readable_remedy(db: &Path) -> String {
     format!("chmod -R o+rX {}", quote(&db.parent().unwrap_or(db).display().to_string()))
 }
 

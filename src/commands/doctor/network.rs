@@ -51,7 +51,7 @@ pub(super) fn check(report: &mut Findings, node: &RunningDaemon) {
     }
     let mut asked = probe::known_or_named(&node.status, &named);
     asked.extend(neighbours(&networks, port));
-    let heard = match probe::ask(node, &probe::no_path(), port, &asked, true) {
+    let heard = match probe::ask(node, &networks, &probe::no_path(), port, &asked, true) {
         Ok(heard) => heard,
         Err(e) => return report.note("network", format!("cannot ask it: {e}")),
     };
@@ -76,14 +76,14 @@ pub(super) fn check(report: &mut Findings, node: &RunningDaemon) {
             http,
             heard_ago: last_heard(status, *address).map(|at| moment(status) - at),
             silence: silence(status, *address),
-            named: named_peer(status, &named, *address),
+            named_liveness: named_peer(status, &named, *address),
             is_unmet: unmet.contains(address),
         };
-        well += u32::from(judge(report, &peer, &networks, port, expects_have_not));
+        well += u32::from(report_peer(report, &peer, &networks, port, expects_have_not));
     }
     report_networks(report, node, &networks, all.len(), well);
     if port != DEFAULT_PORT {
-        check_default_port(report, node);
+        check_default_port(report, node, &networks);
     }
 }
 
@@ -98,15 +98,15 @@ struct ProbedPeer {
     heard_ago: Option<f64>,
     /// How long it has been silent to the daemon, in seconds. `None` if it is not silent.
     silence: Option<f64>,
-    /// Its liveness in the daemon's status if `--peer` names it.
-    named: Option<String>,
+    /// Its liveness in the daemon's status. `None` if `--peer` does not name it.
+    named_liveness: Option<String>,
     /// Whether it answers this command and the daemon has never heard it.
     is_unmet: bool,
 }
 
 /// Reports what is wrong with a peer. Returns true if it is heard and answers. `port` is that of
 /// this machine's daemon. With `expects_have_not`, a peer that answers no query is a fault.
-fn judge(
+fn report_peer(
     report: &mut Findings,
     peer: &ProbedPeer,
     networks: &LanNetworks,
@@ -130,7 +130,7 @@ fn judge(
         }
         // A Python node answers only queries for paths that it has, so its silence is no sign of a
         // fault.
-        (HttpProbe::Other, _, Some(silence)) if peer.named.is_some() => {
+        (HttpProbe::Other, _, Some(silence)) if peer.named_liveness.is_some() => {
             let ago = long(silence);
             let text = format!("{address} is a Python peerix, and has been silent for {ago}");
             report.note("peer", text);
@@ -141,7 +141,7 @@ fn judge(
             );
             report.fail("udp", text, open_port_there(address.ip(), "udp", address.port()));
         }
-        (_, None, _) if peer.named.is_none() || peer.is_unmet => {}
+        (_, None, _) if peer.named_liveness.is_none() || peer.is_unmet => {}
         _ => return true,
     }
     false
@@ -152,7 +152,7 @@ fn report_no_http(report: &mut Findings, peer: &ProbedPeer, e: &io::Error) {
     let address = peer.address;
     let open_there = |protocol| open_port_there(address.ip(), protocol, address.port());
     let why = explain_connect_error(e);
-    match (peer.heard_ago, &peer.named) {
+    match (peer.heard_ago, &peer.named_liveness) {
         _ if peer.answers => report.fail(
             "tcp",
             format!("{address} answers by UDP, and TCP is blocked there: {e}"),
@@ -201,9 +201,10 @@ fn report_networks(
 }
 
 /// Checks whether nodes on the LAN use the default port, if this machine's daemon uses another.
-fn check_default_port(report: &mut Findings, node: &RunningDaemon) {
+fn check_default_port(report: &mut Findings, node: &RunningDaemon, networks: &LanNetworks) {
     let port = node.config.port;
-    let others = probe::ask(node, &probe::no_path(), DEFAULT_PORT, &[], true).unwrap_or_default();
+    let others =
+        probe::ask(node, networks, &probe::no_path(), DEFAULT_PORT, &[], true).unwrap_or_default();
     let others: Vec<String> = others.iter().map(|other| other.from.to_string()).collect();
     if !others.is_empty() {
         let text = format!(

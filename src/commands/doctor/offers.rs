@@ -1,5 +1,5 @@
 //! Checks that Nix would take what peers offer: that it trusts their signatures, and has not cached
-//! that they lack it.
+//! a miss for it.
 
 use crate::commands::nix::{self, NixSettings};
 use crate::commands::report::Findings;

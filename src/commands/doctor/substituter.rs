@@ -160,13 +160,12 @@ pub(super) fn check_nix_asks(report: &mut Findings, node: &RunningDaemon, settin
             "asked",
             format!("{whose} asked this peerix for a path that is nowhere, and goes on"),
         ),
-        // Another substituter may keep Nix waiting, and this peerix the longer the fewer peers
-        // answer.
+        // Another substituter may delay Nix. So may this peerix, for longer if fewer peers answer.
         (false, Err(e)) => report.note(
             "asked",
             format!(
-                "{whose} has not finished to ask for a path that is nowhere, so whether it asks this \
-                 peerix is not known: {e}"
+                "{whose} has not finished asking for a path that is nowhere, so it is not known \
+                 whether it asks this peerix: {e}"
             ),
         ),
         (false, Ok(())) => report.fail(

@@ -25,8 +25,7 @@ pub(super) fn check(report: &mut Findings, config: &Config) {
             "no --state-dir: this is another peer to the trackers after each start".into(),
         );
     }
-    let (host, port) = config.announce_addr.clone().unzip();
-    let port = port.flatten().unwrap_or(config.port);
+    let (host, port) = config.announced(config.port);
     for url in &config.tracker_urls {
         let began = SystemTime::now();
         let answer = match get(&format!("{url}/health")) {
@@ -94,8 +93,8 @@ fn check_reachability(report: &mut Findings, tracker: &str, host: Option<&str>, 
     report.fail("address", format!("{at} is not reached from {tracker}"), remedy);
 }
 
-/// Checks an announced host that has not the address which the tracker has `seen`, by a request to
-/// its first address. It may be a second address of this machine.
+/// Checks an announced host that does not resolve to `seen`, the address that the tracker sees.
+/// Sends a request to its `first` address, because it may be a second address of this machine.
 fn check_announced(report: &mut Findings, host: &str, seen: IpAddr, first: Option<&SocketAddr>) {
     let reached =
         first.map_or(Err("no such name".into()), |at| get(&format!("http://{at}/nix-cache-info")));

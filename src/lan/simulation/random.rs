@@ -36,8 +36,6 @@ impl SeededRandom {
     }
 
     pub fn between(&mut self, low: Duration, high: Duration) -> Duration {
-        low + Duration::from_micros(1)
-            * u32::try_from(self.below((high.saturating_sub(low)).as_micros() as u64 + 1))
-                .unwrap_or(0)
+        low + Duration::from_micros(self.below(high.saturating_sub(low).as_micros() as u64 + 1))
     }
 }

@@ -69,8 +69,9 @@ impl FilterUpload {
         FilterUpload { tracker, publication, published: None, backoff, next: Instant::now() }
     }
 
-    /// Records the timestamp of the filter that the tracker has. If it has none, or one that this
-    /// node did not publish last, it lost it, or another machine uses the same identity.
+    /// Records the timestamp of the filter that the tracker has. If that is not the last one that
+    /// this node uploaded, the tracker lost the filter or another machine uses the same identity,
+    /// and the filter is uploaded again.
     pub(super) fn record_timestamp(&mut self, timestamp: Option<u64>) {
         self.published = self.published.filter(|(_, published)| timestamp == Some(*published));
     }

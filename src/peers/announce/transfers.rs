@@ -56,7 +56,7 @@ impl TransferQueue {
         TransferQueue { tracker, pending: BTreeMap::new(), reports: VecDeque::new(), backoff }
     }
 
-    /// Adds a transfer, if the tracker can count it.
+    /// Adds a job. A transfer that begins is dropped if the tracker cannot count it.
     pub(super) fn add(&mut self, job: TransferJob) {
         match job {
             // A tracker that is unreachable, or that has no ID to name transfers by, cannot count

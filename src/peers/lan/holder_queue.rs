@@ -1,7 +1,7 @@
 //! Holders of a path that wait for their narinfo request.
 
 use crate::lan::Holder;
-use crate::peers::health::{Eligibility, PeerHealth};
+use crate::peers::health::PeerHealth;
 use crate::peers::picker::HealthRank;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -46,12 +46,7 @@ impl HolderQueue {
         health: &PeerHealth,
         now: Instant,
     ) -> bool {
-        let rank = match health.eligibility(holder.http, now) {
-            Eligibility::Now if !health.is_doubtful(holder.http) => HealthRank::Good,
-            Eligibility::Now => HealthRank::Doubtful,
-            Eligibility::Last => HealthRank::LastResort,
-            Eligibility::Never => return false,
-        };
+        let Some(rank) = HealthRank::of(holder.http, health, now) else { return false };
         self.insert(LanHolder { peer, holder, rank, failures: 0, is_blamed: false });
         rank == HealthRank::Good
     }

@@ -72,7 +72,7 @@ pub(super) struct ServerRefusal {
 }
 
 /// Reads and parses a body. Returns `None` if that fails.
-pub(super) fn body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Option<T> {
+pub(super) fn parse_body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Option<T> {
     let bytes =
         response.into_body().into_with_config().limit(MAX_ANSWER_BYTES).read_to_vec().ok()?;
     serde_json::from_slice(&bytes).ok()
@@ -82,12 +82,14 @@ pub(super) fn body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Optio
 ///
 /// # Errors
 /// A status other than 200, or a malformed body.
-pub(super) fn read<T: DeserializeOwned>(response: Response<ureq::Body>) -> Result<T, TrackerError> {
+pub(super) fn parse_answer<T: DeserializeOwned>(
+    response: Response<ureq::Body>,
+) -> Result<T, TrackerError> {
     match response.status().as_u16() {
-        200 => body(response).ok_or(TrackerError::Malformed),
+        200 => parse_body(response).ok_or(TrackerError::Malformed),
         status => {
             let retry_after = retry_after(response.headers());
-            let why = body::<ServerRefusal>(response)
+            let why = parse_body::<ServerRefusal>(response)
                 .and_then(|refusal| refusal.error)
                 .unwrap_or_default();
             Err(TrackerError::Refused(status, why, retry_after))

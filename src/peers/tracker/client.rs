@@ -1,6 +1,6 @@
 //! HTTP calls of one tracker, by blocking ureq.
 
-use super::answer::{ServerRefusal, TrackerError, body, read};
+use super::answer::{ServerRefusal, TrackerError, parse_answer, parse_body};
 use super::clock::SigningClock;
 use crate::http_client::{self, retry_once_if_stale};
 use crate::lock::{Mutex, RwLock};
@@ -9,8 +9,8 @@ use crate::time_scale::Timeout;
 use crate::wire::filter::BloomFilter;
 use crate::wire::tracker::{
     Announce, AnnounceResponse, Candidate, CandidateList, Identity, KEY_HEADER, MAX_CANDIDATES,
-    MAX_OTHERS, Proof, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TransferInit,
-    TransferInitResponse, TransferReportBody, lookup_target,
+    MAX_OTHERS, Proof, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TrackerName,
+    TransferInit, TransferInitResponse, TransferReportBody, lookup_target,
 };
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
@@ -72,7 +72,7 @@ impl TrackerClient {
     /// Creates a client for the tracker at `url`, which must not end with a slash, and for the node
     /// `me`.
     pub(super) fn new(url: String, me: &NodeIdentity) -> Self {
-        let identity = me.identity.for_tracker(&http_client::authority(&url));
+        let identity = me.identity.for_tracker(&TrackerName::of_url(&url));
         let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
         TrackerClient {
             url,
@@ -105,7 +105,7 @@ impl TrackerClient {
         timeout: Duration,
     ) -> Result<CandidateList, TrackerError> {
         let mut found: CandidateList =
-            self.get(agent, &lookup_target(hash_part), timeout).and_then(read)?;
+            self.get(agent, &lookup_target(hash_part), timeout).and_then(parse_answer)?;
         found.candidates.truncate(MAX_CANDIDATES);
         found.others.truncate(MAX_OTHERS);
         for list in [&mut found.candidates, &mut found.others] {
@@ -124,7 +124,7 @@ impl TrackerClient {
         agent: &Agent,
         timeout: Duration,
     ) -> Result<Vec<Candidate>, TrackerError> {
-        let answer: Value = self.get(agent, "/peers", timeout).and_then(read)?;
+        let answer: Value = self.get(agent, "/peers", timeout).and_then(parse_answer)?;
         let candidate = |peer: &Value| {
             let text = |field: &str| peer[field].as_str().map(str::to_owned);
             let port = u16::try_from(peer["port"].as_u64()?).ok()?;
@@ -229,8 +229,10 @@ impl TrackerClient {
             receiver_id: Some(self.peer_id.clone()),
             count: Some(count),
         };
-        let response: TransferInitResponse =
-            self.post("/transfer/init", &init).map_err(TrackerError::Unreachable).and_then(read)?;
+        let response: TransferInitResponse = self
+            .post("/transfer/init", &init)
+            .map_err(TrackerError::Unreachable)
+            .and_then(parse_answer)?;
         // The original tracker begins one transfer regardless of `count`.
         Ok((response.transfer_id, response.count.unwrap_or(1).min(count)))
     }
@@ -284,14 +286,14 @@ impl TrackerClient {
         };
         let response = send()?;
         if response.status() != 403 {
-            return read(response);
+            return parse_answer(response);
         }
-        let refusal: ServerRefusal = body(response).unwrap_or_default();
+        let refusal: ServerRefusal = parse_body(response).unwrap_or_default();
         match refusal.now {
             Some(now) => {
                 let offset = self.clock.lock().set(now)?;
                 log::debug!("tracker {}: its clock is {offset} ms ahead of ours", self.url);
-                read(send()?)
+                parse_answer(send()?)
             }
             None => Err(TrackerError::Refused(403, refusal.error.unwrap_or_default(), None)),
         }

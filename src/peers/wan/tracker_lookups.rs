@@ -118,17 +118,20 @@ impl TrackerLookups {
     ) -> bool {
         let (deadline, hedge) = (self.deadline(now), self.hedge_time(now));
         let mut may_ask = true;
-        for call in self.lookups.iter_mut().filter(|call| now < deadline && call.is_awaited()) {
-            if call.sent == 0 || call.sent == 1 && now >= hedge {
-                let (tracker, index, is_hedge) = (call.tracker.clone(), call.index, call.sent == 1);
+        for lookup in self.lookups.iter_mut().filter(|lookup| now < deadline && lookup.is_awaited())
+        {
+            if lookup.sent == 0 || lookup.sent == 1 && now >= hedge {
+                let (tracker, index, is_hedge) =
+                    (lookup.tracker.clone(), lookup.index, lookup.sent == 1);
                 let (names, send) = (names.clone(), send.clone());
-                let began = requests.run(RequestTarget::Tracker, move || {
-                    let found = tracker.lookup(&hash_part, is_hedge, deadline).map(split);
-                    let mut named = Vec::new();
-                    let result = found.map(|(located, with_names)| {
-                        named = with_names;
-                        FoundCandidates { located, has_names: !named.is_empty() }
-                    });
+                let started = requests.run(RequestTarget::Tracker, move || {
+                    let (result, named) = match tracker.lookup(&hash_part, is_hedge, deadline) {
+                        Ok(list) => {
+                            let (located, named) = split(list);
+                            (Ok(FoundCandidates { located, has_names: !named.is_empty() }), named)
+                        }
+                        Err(e) => (Err(e), Vec::new()),
+                    };
                     send(index, TrackerAnswer::List(result));
                     // Candidates with IP addresses do not wait for these.
                     if !named.is_empty() {
@@ -137,8 +140,8 @@ impl TrackerLookups {
                         resolve(&names, &named, deadline, found);
                     }
                 });
-                call.sent += u32::from(began);
-                may_ask &= began;
+                lookup.sent += u32::from(started);
+                may_ask &= started;
             }
         }
         may_ask
@@ -147,16 +150,16 @@ impl TrackerLookups {
     /// Time of the next call or timeout; `None` if no tracker's list is awaited.
     pub(super) fn next_wake_up(&self, now: Instant) -> Option<Instant> {
         let (deadline, hedge) = (self.deadline(now), self.hedge_time(now));
-        let is_awaited = |call: &&TrackerLookup| now < deadline && call.is_awaited();
-        let wake_up = |call: &TrackerLookup| {
-            if call.sent < 2 { hedge.max(now + POOL_RETRY_DELAY) } else { deadline }
+        let is_awaited = |lookup: &&TrackerLookup| now < deadline && lookup.is_awaited();
+        let wake_up = |lookup: &TrackerLookup| {
+            if lookup.sent < 2 { hedge.max(now + POOL_RETRY_DELAY) } else { deadline }
         };
         self.lookups.iter().filter(is_awaited).map(wake_up).min()
     }
 
     /// Returns true if host names of candidates are being resolved.
     pub(super) fn is_resolving(&self) -> bool {
-        self.lookups.iter().any(|call| call.resolving > 0)
+        self.lookups.iter().any(|lookup| lookup.resolving > 0)
     }
 
     /// Returns true if further candidates may be named.
@@ -167,22 +170,22 @@ impl TrackerLookups {
 
     /// Handles an answer of the tracker with the index `index`, and returns the candidates in it.
     pub(super) fn handle(&mut self, index: usize, answer: TrackerAnswer) -> Vec<LocatedCandidate> {
-        let Some(call) = self.lookups.iter_mut().find(|call| call.index == index) else {
+        let Some(lookup) = self.lookups.iter_mut().find(|lookup| lookup.index == index) else {
             return Vec::new();
         };
         match answer {
             TrackerAnswer::List(Ok(found)) => {
-                call.resolving += u32::from(found.has_names);
-                if !std::mem::replace(&mut call.is_answered, true) {
+                lookup.resolving += u32::from(found.has_names);
+                if !std::mem::replace(&mut lookup.is_answered, true) {
                     return found.located;
                 }
             }
             TrackerAnswer::List(Err(e)) => {
-                call.failed += 1;
-                call.error = Some(e);
+                lookup.failed += 1;
+                lookup.error = Some(e);
             }
             TrackerAnswer::Name(Some(located)) => return vec![located],
-            TrackerAnswer::Name(None) => call.resolving -= 1,
+            TrackerAnswer::Name(None) => lookup.resolving -= 1,
         }
         Vec::new()
     }
@@ -191,18 +194,18 @@ impl TrackerLookups {
     /// that is still awaited has not failed.
     pub(super) fn record_failures(&mut self, found: bool, now: Instant) {
         let began = self.began.unwrap_or(now);
-        for call in &mut self.lookups {
-            if call.is_answered
-                || found && call.is_awaited()
-                || std::mem::replace(&mut call.is_recorded, true)
+        for lookup in &mut self.lookups {
+            if lookup.is_answered
+                || found && lookup.is_awaited()
+                || std::mem::replace(&mut lookup.is_recorded, true)
             {
                 continue;
             }
-            match &call.error {
+            match &lookup.error {
                 // The tracker is reachable but overloaded.
                 Some(TrackerError::Refused(429, ..)) => {}
-                Some(e) => call.tracker.record_failed_lookup(e, began),
-                None => call.tracker.record_failed_lookup(&"lookups take too long", began),
+                Some(e) => lookup.tracker.record_failed_lookup(e, began),
+                None => lookup.tracker.record_failed_lookup(&"lookups take too long", began),
             }
         }
     }
