@@ -451,3 +451,28 @@ fn run_query<T>(
 fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_fail_after_one_attempt_once_all_have_failed_for_a_second() {
+        let location = DatabaseLocation {
+            store_dir: StoreDir::parse("/nix/store").unwrap(),
+            db: "/db".into(),
+            daemon_socket: "/socket".into(),
+        };
+        let pool = ConnectionPool::new(location, 1, Duration::ZERO, log::Level::Debug);
+        let (timeout, moment) = (TRANSITION_TIMEOUT.get(), Duration::from_millis(1));
+        let began = Instant::now();
+        assert!(!pool.record_failed_attempt(began));
+        assert!(!pool.record_failed_attempt(began + timeout - moment));
+        assert!(pool.record_failed_attempt(began + timeout));
+        assert!(pool.record_failed_attempt(began + timeout * 2 - moment));
+        // After a success, or a time without attempts, another process may be opening it again.
+        pool.record_open_method(OpenMethod::Plain);
+        assert!(!pool.record_failed_attempt(began + timeout * 2));
+        assert!(!pool.record_failed_attempt(began + timeout * 4));
+    }
+}
