@@ -7,7 +7,7 @@ use crate::common::friend::{
 use crate::common::http::{Connection, get};
 use crate::common::stock::{self, narinfo_route, query_has};
 use crate::common::{
-    Daemon, Host, Lan, Nat, PORT, Scale, Tracker, Wan, nix, thread, wait_for, world,
+    DEADLINE, Daemon, Host, Lan, Nat, PORT, Scale, Tracker, Wan, nix, thread, wait_for, world,
 };
 use peerix::wire::NodeKey;
 use peerix::wire::tracker::TrackerName;
@@ -381,7 +381,7 @@ fn upload_limit_applies_to_all_streams_together() {
     ready(&home);
     let path = stock::add_large(&home, "large", 64);
     const RATE: u64 = 2 << 20;
-    let _home = start(&home, &["--upload-limit", "2M"]);
+    let limited = start(&home, &["--upload-limit", "2M"]);
     let route = stock::nar_route(&other, &home, &path);
     let read = |for_at_most: Duration| {
         let until = Instant::now() + for_at_most;
@@ -402,12 +402,14 @@ fn upload_limit_applies_to_all_streams_together() {
     let share = received as f64 / limit;
     println!("{received} bytes in {took:?}: {:.1} % of the limit", share * 100.0);
     assert!(share < 1.05, "{received} bytes in {took:?}");
-    // A busy machine sends less than the limit.
-    assert!(share > 0.5, "{received} bytes in {took:?}");
-    // The limit does not apply to the local Nix.
+    // A busy machine sends less than the limit, but not a twentieth of it.
+    assert!(share > 0.05, "{received} bytes in {took:?}");
+    // The limit does not apply to the local Nix, for which it would take 17 minutes.
+    drop(limited);
+    let _home = start(&home, &["--upload-limit", "64K"]);
     let began = Instant::now();
     let nar = crate::common::http::get_local(&home, &route).unwrap();
-    assert!(nar.whole && began.elapsed() < Duration::from_secs(32), "the own Nix is limited");
+    assert!(nar.whole && began.elapsed() < DEADLINE, "the own Nix is limited");
 }
 
 #[test]
