@@ -290,51 +290,59 @@ fn is_kept(name: &str, flags: &[&str]) -> bool {
 }
 
 #[test]
-fn flags_decide_which_paths_strangers_get() {
+fn flags_decide_which_paths_strangers_get_in_mode_both() {
+    check_flags("both");
+}
+
+#[test]
+fn flags_decide_which_paths_strangers_get_in_mode_wan() {
+    check_flags("wan");
+}
+
+/// Checks which paths a node with each row of flags gives to whom.
+fn check_flags(mode: &str) {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
-    for mode in ["both", "wan"] {
-        for (flags, shared) in TABLE {
-            scene.upstream.asked.lock().unwrap().clear();
-            let daemon = scene.start(mode, flags);
-            // In mode wan a neighbour is a stranger.
-            if mode == "both" {
-                for name in NAMES {
-                    let case = format!("{mode} {flags:?}: {name}");
-                    scene.check_own(&scene.paths[name], &format!("{case} for this machine"));
-                    scene.check(
-                        &scene.neighbour,
-                        &scene.paths[name],
-                        true,
-                        &format!("{case} for a neighbour"),
-                    );
-                }
-            }
-            for name in NAMES {
-                let case = format!("{mode} {flags:?}: {name} for a friend");
-                scene.check_friend(&scene.paths[name], true, &case);
-            }
+    for (flags, shared) in TABLE {
+        scene.upstream.asked.lock().unwrap().clear();
+        let daemon = scene.start(mode, flags);
+        // In mode wan a neighbour is a stranger.
+        if mode == "both" {
             for name in NAMES {
                 let case = format!("{mode} {flags:?}: {name}");
-                let (path, shared) = (&scene.paths[name], shared.contains(&name));
-                scene.check(&scene.stranger, path, shared, &format!("{case} for a stranger"));
-                if mode == "wan" {
-                    scene.check_own(path, &format!("{case} for this machine"));
-                    scene.check(&scene.neighbour, path, shared, &format!("{case} for a neighbour"));
-                }
-                let asked = scene.upstream.asked_for(path);
-                if flags.contains(&"--no-verify") || is_kept(name, flags) {
-                    assert_eq!(asked, 0, "{case}: what is not to be verified is nobody's business");
-                } else if ["odd", "broken"].contains(&name) {
-                    assert!(asked >= 1, "{case}: upstream was not asked");
-                } else {
-                    // The node verifies paths for its own announcements too. Both uses share one
-                    // request.
-                    assert_eq!(asked, 1, "{case}: requests to upstream");
-                }
+                scene.check_own(&scene.paths[name], &format!("{case} for this machine"));
+                scene.check(
+                    &scene.neighbour,
+                    &scene.paths[name],
+                    true,
+                    &format!("{case} for a neighbour"),
+                );
             }
-            drop(daemon);
         }
+        for name in NAMES {
+            let case = format!("{mode} {flags:?}: {name} for a friend");
+            scene.check_friend(&scene.paths[name], true, &case);
+        }
+        for name in NAMES {
+            let case = format!("{mode} {flags:?}: {name}");
+            let (path, shared) = (&scene.paths[name], shared.contains(&name));
+            scene.check(&scene.stranger, path, shared, &format!("{case} for a stranger"));
+            if mode == "wan" {
+                scene.check_own(path, &format!("{case} for this machine"));
+                scene.check(&scene.neighbour, path, shared, &format!("{case} for a neighbour"));
+            }
+            let asked = scene.upstream.asked_for(path);
+            if flags.contains(&"--no-verify") || is_kept(name, flags) {
+                assert_eq!(asked, 0, "{case}: what is not to be verified is nobody's business");
+            } else if ["odd", "broken"].contains(&name) {
+                assert!(asked >= 1, "{case}: upstream was not asked");
+            } else {
+                // The node verifies paths for its own announcements too. Both uses share one
+                // request.
+                assert_eq!(asked, 1, "{case}: requests to upstream");
+            }
+        }
+        drop(daemon);
     }
 }
 
