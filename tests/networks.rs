@@ -2,13 +2,13 @@
 //! broadcast domain, and a daemon bound to one address of several.
 
 use crate::common::lan::Run;
-use crate::common::{Daemon, Host, Lan, PORT, daemon, http, packet, wait_for, world};
+use crate::common::{Daemon, Host, Lan, PORT, daemon, http, nix, packet, wait_for, world};
 use std::net::{Ipv4Addr, SocketAddr};
 
 /// Adds a host with an empty store.
 fn host_with_store(lan: &Lan, name: &str) -> Host {
     let host = lan.host(name);
-    host.cmd("nix-store").arg("--init").okay();
+    nix::init_store(&host);
     host
 }
 

@@ -343,7 +343,7 @@ fn neighbour_without_peerix_substitutes_from_root() {
             world.cache_key
         ),
     );
-    plain.cmd("nix-store").arg("--init").okay();
+    nix::init_store(&plain);
     let path = world.path("closure300");
     nix::realise_quietly(&plain, &[path]);
     let closure = nix::closure(&plain, &[path]);
@@ -785,7 +785,7 @@ fn peerix_serves_same_paths_as_static_cache() {
             "substituters = file:///tmp/static\nrequire-sigs = true\ntrusted-public-keys = {keys}\n"
         ),
     );
-    by_file.cmd("nix-store").arg("--init").okay();
+    nix::init_store(&by_file);
     fs::create_dir_all(by_file.path("/tmp/static")).unwrap();
     for entry in walk(&cache) {
         by_file.write(

@@ -4,7 +4,7 @@ use crate::common::lan::{PATIENCE, Run};
 use crate::common::packet::Packet;
 use crate::common::{
     Asker, Bystander, DEADLINE, Daemon, Holder, Host, Lan, PORT, Scale, Wan, World, daemon, http,
-    stock, wait_for, world,
+    nix, stock, wait_for, world,
 };
 use peerix::network::neighbours::{self, NeighbourState};
 use peerix::network::{ChangeMonitor, NetworkPolicy, NetworkWatcher, Networks};
@@ -17,7 +17,7 @@ const BIND_BOTH: [&str; 4] = ["--bind", "0.0.0.0", "--bind", "[::]"];
 
 fn host_with_store(lan: &Lan, name: &str) -> Host {
     let host = lan.host(name);
-    host.cmd("nix-store").arg("--init").okay();
+    nix::init_store(&host);
     host
 }
 
@@ -387,7 +387,7 @@ fn excluded_interface_gets_no_answer() {
     let lan = Lan::new();
     let (holder, neighbour) = (lan.host("holder"), lan.host("neighbour"));
     let container = lan.host("container");
-    holder.cmd("nix-store").arg("--init").okay();
+    nix::init_store(&holder);
     let mark = daemon::add_unique_path(&holder);
     join(&[(&holder, "docker0", "172.17.0.1/16"), (&container, "eth1", "172.17.0.2/16")]);
     container.net("ip link set eth0 down");

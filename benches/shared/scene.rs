@@ -48,7 +48,7 @@ pub fn client(lan: &Lan, key: &str, substituter: &str) -> Host {
             "substituters = {substituter}\nrequire-sigs = true\ntrusted-public-keys = {key}\n"
         ),
     );
-    host.cmd("nix-store").arg("--init").okay();
+    nix::init_store(&host);
     host
 }
 

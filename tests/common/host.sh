@@ -8,31 +8,31 @@ shift 2
 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
 mount -t tmpfs -o mode=755,size=90% peerix-host "$root"
 cd "$root"
-mkdir proc sys dev tmp run nix root etc machine
-chmod 1777 tmp
-for dir in usr bin sbin lib lib32 lib64 libx32 gnu; do
+# Few programs, because tests make a thousand hosts.
+links= shown= files=
+for dir in usr bin sbin lib lib32 lib64 libx32 gnu etc/ld.so.conf.d etc/alternatives; do
     if [ -L "$base/$dir" ]; then
-        cp -P "$base/$dir" "$dir"
+        links="$links $dir"
     elif [ -d "$base/$dir" ]; then
-        mkdir "$dir"
-        mount --rbind "$base/$dir" "$dir"
+        shown="$shown $dir"
     fi
 done
-for dir in ld.so.conf.d alternatives; do
-    if [ -d "$base/etc/$dir" ]; then
-        mkdir "etc/$dir"
-        mount --bind "$base/etc/$dir" "etc/$dir"
-    fi
-done
-files=
 for file in passwd group nsswitch.conf ld.so.cache ld.so.conf; do
-    if [ -e "$base/etc/$file" ]; then files="$files $base/etc/$file"; fi
+    if [ -e "$base/etc/$file" ]; then files="$files $file"; fi
 done
-cp $files etc/
 for dir; do
-    mkdir -p "$root$dir"
-    mount --bind "$dir" "$root$dir"
+    set -- "$@" "$root$dir"
+    shift
 done
+mkdir -m 1777 tmp
+mkdir -p proc sys dev run nix root etc machine $shown "$@"
+cd "$base/"
+if [ "$links" ]; then cp -P $links "$root"; fi
+cd etc
+cp $files "$root/etc"
+cd "$root"
+for dir in $shown; do mount --rbind "$base/$dir" "$dir"; done
+for dir; do mount --bind "${dir#"$root"}" "$dir"; done
 mount --rbind /dev dev
 mount -t proc proc proc
 mount -t tmpfs -o mode=755,size=90% peerix-nix nix

@@ -399,7 +399,9 @@ impl Namespace {
     }
 
     fn nsenter(&self, kinds: &[&str]) -> Command {
-        let mut command = Command::new("nsenter");
+        // For a program that is not searched for, the standard library does not copy the address
+        // space of the tests.
+        let mut command = Command::new("/usr/bin/nsenter");
         for kind in kinds {
             let option = match *kind {
                 "net" => "--net",

@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Sets Nix up on a host, with an empty store.
 pub fn ready(host: &Host) {
     nix::configure(host, "");
-    host.cmd("nix-store").arg("--init").okay();
+    nix::init_store(host);
 }
 
 /// Runs `script`, which creates `$n`, adds the result to the store and returns the store path.
