@@ -6,6 +6,8 @@ mod packet;
 pub mod port_mapping;
 pub mod relay;
 pub mod tracker;
+mod tracker_name;
 
 pub use node_key::{HelloDigest, NodeKey};
 pub use packet::{AnswerBits, HashParts, Hello, MAX_BATCH, Packet};
+pub use tracker_name::TrackerName;

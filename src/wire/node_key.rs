@@ -1,6 +1,6 @@
 //! The public key that identifies a node, and the digests of it by which only friends recognise it.
 
-use super::tracker::TrackerName;
+use super::tracker_name::TrackerName;
 use crate::nix::Malformed;
 use data_encoding::{BASE64, HEXLOWER};
 use ring::digest::{Context, SHA256};

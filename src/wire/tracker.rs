@@ -6,6 +6,7 @@
 //! docs/protocol.md has the table.
 
 use super::node_key::NodeKey;
+use super::tracker_name::TrackerName;
 use crate::nix::HashPart;
 use data_encoding::{BASE64, HEXLOWER};
 use ring::hmac;
@@ -14,7 +15,6 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
-use ureq::http::Uri;
 
 /// Maximum length of a peer ID in bytes. IDs of the original are UUIDs. Longer ones are refused.
 pub const MAX_PEER_ID: usize = 128;
@@ -298,27 +298,6 @@ impl Proof {
     }
 }
 
-/// Name under which nodes know a tracker: host and port of its URL, as
-/// `tracker.example.org:12305`. The host is in lower case, and the port is there also where it is
-/// the default, so that nodes with different spellings of a URL have the same name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TrackerName(String);
-
-impl TrackerName {
-    /// Returns the name of the tracker at `url`: the whole text if that is not a valid URL.
-    pub fn of_url(url: &str) -> TrackerName {
-        let Ok(uri) = url.parse::<Uri>() else { return TrackerName(url.to_owned()) };
-        let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
-        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
-        TrackerName(format!("{host}:{}", uri.port_u16().unwrap_or(default)))
-    }
-
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
 /// The secret ed25519 key of a node. Its `Debug` output has only the public key.
 pub struct Identity {
     seed: [u8; Identity::SEED_LEN],
@@ -525,18 +504,6 @@ mod tests {
             "",
         ] {
             assert!(serde_json::from_str::<Announce>(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn tracker_name_is_host_and_port_of_url() {
-        for (url, name) in [
-            ("http://Tracker.example:12305", "tracker.example:12305"),
-            ("https://tracker.example", "tracker.example:443"),
-            ("http://tracker.example/path", "tracker.example:80"),
-            ("http://[2001:db8::1]:9", "[2001:db8::1]:9"),
-        ] {
-            assert_eq!(TrackerName::of_url(url).as_str(), name);
         }
     }
 

@@ -6,11 +6,12 @@ use crate::http_client::{self, retry_once_if_stale};
 use crate::lock::{Mutex, RwLock};
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
+use crate::wire::TrackerName;
 use crate::wire::filter::BloomFilter;
 use crate::wire::tracker::{
     Announce, AnnounceResponse, Candidate, CandidateList, Identity, KEY_HEADER, MAX_CANDIDATES,
-    MAX_OTHERS, Proof, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TrackerName,
-    TransferInit, TransferInitResponse, TransferReportBody, lookup_target,
+    MAX_OTHERS, Proof, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TransferInit,
+    TransferInitResponse, TransferReportBody, lookup_target,
 };
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
