@@ -457,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn queries_fail_after_one_attempt_once_all_have_failed_for_a_second() {
+    fn attempts_that_failed_for_a_second_without_a_success_are_recognized() {
         let location = DatabaseLocation {
             store_dir: StoreDir::parse("/nix/store").unwrap(),
             db: "/db".into(),

@@ -8,14 +8,17 @@ shift 2
 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
 mount -t tmpfs -o mode=755,size=90% peerix-host "$root"
 cd "$root"
-# Few programs, because tests make a thousand hosts.
+# Starts few processes, because the tests create a thousand hosts.
 links= shown= files=
-for dir in usr bin sbin lib lib32 lib64 libx32 gnu etc/ld.so.conf.d etc/alternatives; do
+for dir in usr bin sbin lib lib32 lib64 libx32 gnu; do
     if [ -L "$base/$dir" ]; then
         links="$links $dir"
     elif [ -d "$base/$dir" ]; then
         shown="$shown $dir"
     fi
+done
+for dir in etc/ld.so.conf.d etc/alternatives; do
+    if [ -d "$base/$dir" ]; then shown="$shown $dir"; fi
 done
 for file in passwd group nsswitch.conf ld.so.cache ld.so.conf; do
     if [ -e "$base/etc/$file" ]; then files="$files $file"; fi
@@ -24,11 +27,12 @@ for dir; do
     set -- "$@" "$root$dir"
     shift
 done
-mkdir -m 1777 tmp
-mkdir -p proc sys dev run nix root etc machine $shown "$@"
 cd "$base/"
 if [ "$links" ]; then cp -P $links "$root"; fi
-cd etc
+cd "$root"
+mkdir -m 1777 tmp
+mkdir -p proc sys dev run nix root etc machine $shown "$@"
+cd "$base/etc"
 cp $files "$root/etc"
 cd "$root"
 for dir in $shown; do mount --rbind "$base/$dir" "$dir"; done

@@ -399,8 +399,8 @@ impl Namespace {
     }
 
     fn nsenter(&self, kinds: &[&str]) -> Command {
-        // For a program that is not searched for, the standard library does not copy the address
-        // space of the tests.
+        // With an absolute path, the standard library uses posix_spawn. If it had to search the
+        // changed PATH, it would fork, which copies the page tables of the tests.
         let mut command = Command::new("/usr/bin/nsenter");
         for kind in kinds {
             let option = match *kind {

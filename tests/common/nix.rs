@@ -84,11 +84,13 @@ pub fn init_store(host: &Host) {
         host.sh(&format!("cp -a '{}/.' /nix/", empty.display()));
         return;
     }
-    host.cmd("nix-store").args(["--init", "--option", "gc-reserved-space", "0"]).okay();
+    host.cmd("nix-store")
+        .args(["--init", "--option", "gc-reserved-space", "0", "--option", "build-users-group", ""])
+        .okay();
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let part = empty.with_extension(format!("{}-{number}", std::process::id()));
-    host.sh(&format!("cp -a /nix '{}'", part.display()));
+    host.sh(&format!("rm -rf '{0}'; cp -a /nix '{0}'", part.display()));
     // Another test may have been sooner.
     if std::fs::rename(&part, &empty).is_err() {
         let _ = std::fs::remove_dir_all(&part);
