@@ -247,9 +247,10 @@ impl Config {
         !self.friends.is_empty() || self.friends_file.is_some()
     }
 
-    /// Host and port to announce to trackers, for a daemon on `port`. The host is `None` if the
-    /// trackers see it themselves.
-    pub fn announced(&self, port: u16) -> (Option<String>, u16) {
+    /// Host and port to announce to trackers. `port` is that of the daemon, and is announced unless
+    /// `--announce-addr` has one. The host is `None` if trackers are to take the source address of
+    /// the request.
+    pub fn announced_address(&self, port: u16) -> (Option<String>, u16) {
         let (host, announced) = self.announce_addr.clone().unzip();
         (host, announced.flatten().unwrap_or(port))
     }

@@ -31,7 +31,7 @@ impl Reputation {
 
     /// Returns the newer of two reputations of one peer: the one with more transfers, as counts
     /// only grow. Updates may arrive in any order.
-    pub fn newest(self, other: Reputation) -> Reputation {
+    pub fn newer(self, other: Reputation) -> Reputation {
         if other.successful + other.failed > self.successful + self.failed { other } else { self }
     }
 }

@@ -210,7 +210,7 @@ impl TrackerTable {
             }
             (peer.address, peer.last_seen_ms, peer.expires) =
                 (address, now.ms, now.at + PEER_TTL.get());
-            peer.reputation = peer.reputation.newest(stored_reputation.unwrap_or_default());
+            peer.reputation = peer.reputation.newer(stored_reputation.unwrap_or_default());
             outcome.needs_reach_test = peer.reachability.request_due_test(now.at);
             outcome.reachable = peer.reachability.reachable;
             outcome.filter = peer.published.as_ref().map(|published| published.timestamp);
@@ -318,7 +318,7 @@ impl TrackerTable {
     pub fn set_reputation(&self, id: &str, reputation: Reputation) {
         let peers = &mut self.state.write().peers;
         if let Some((slot, _)) = peers.peer(id) {
-            peers.change(slot, |peer| peer.reputation = peer.reputation.newest(reputation));
+            peers.change(slot, |peer| peer.reputation = peer.reputation.newer(reputation));
         }
     }
 

@@ -19,13 +19,13 @@ use std::panic::resume_unwind;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
-/// Minimum number of times that a query is sent if not all nodes answer, because datagrams may get
-/// lost.
-const MIN_SENDINGS: u32 = 3;
-/// Time after each sending in which answers are read. Answers to earlier sendings count too.
+/// Minimum number of transmissions of a query, because datagrams may get lost. Without broadcast,
+/// fewer if all nodes have answered.
+const MIN_TRANSMISSIONS: u32 = 3;
+/// Time after each transmission in which answers are read. Answers to earlier ones count too.
 const ANSWER_WAIT: Duration = Duration::from_millis(200);
-/// Longest wait for the answer of a node that the daemon considers live. The query is repeated
-/// meanwhile. The daemon, too, waits for up to 3 s before it considers a node silent.
+/// Time after the first transmission in which the query is repeated for a node that the daemon
+/// considers live. The daemon also waits for up to 3 s before it considers a node silent.
 const LIVE_WAIT: Timeout = Timeout::from_secs(3);
 
 /// Maximum number of nodes whose answers are read; the rest is ignored. A daemon remembers as many
@@ -53,9 +53,9 @@ pub struct ProbeReply {
 
 /// Queries the addresses in `named`, and if `everyone` is set also all nodes on the LAN by
 /// broadcast to `port`. Returns the first answer of each node, at most [`MAX_HEARD`], without this
-/// machine's own. Blocks for [`MIN_SENDINGS`] times [`ANSWER_WAIT`], and for at most [`LIVE_WAIT`] while
-/// a node in `named` that the daemon considers live has not answered. Without `everyone`, ends once
-/// all in `named` have answered.
+/// machine's own. Blocks for [`MIN_TRANSMISSIONS`] times [`ANSWER_WAIT`], and for up to
+/// [`LIVE_WAIT`] plus [`ANSWER_WAIT`] while a node in `named` that the daemon considers live has
+/// not answered. Without `everyone`, ends once all in `named` have answered.
 ///
 /// # Errors
 /// No UDP socket can be opened or configured.
@@ -87,7 +87,7 @@ pub fn ask(
         sent: Vec::new(),
         heard: Vec::new(),
     };
-    while query.sent.len() < MIN_SENDINGS as usize
+    while query.sent.len() < MIN_TRANSMISSIONS as usize
         || (!query.have_answered(&live) && query.sent[0].elapsed() < LIVE_WAIT.get())
     {
         let began = query.send();
@@ -114,18 +114,18 @@ struct RunningQuery<'a> {
     targets: &'a [SocketAddr],
     /// Whether answers of all nodes on the LAN count.
     everyone: bool,
-    /// ID of the first sending; each further one has the next. The ID in an answer tells which
-    /// sending it answers. It is random, so that only nodes that got a query know it.
+    /// ID of the first transmission; each further one has the next. The ID in an answer tells which
+    /// transmission it answers. It is random, so that only nodes that got a query know it.
     first_id: u32,
-    /// Time of each sending.
+    /// Time of each transmission.
     sent: Vec<Instant>,
     /// First answer of each node.
     heard: Vec<ProbeReply>,
 }
 
 impl RunningQuery<'_> {
-    /// Sends the query to all targets that have not answered. Returns the time at which it
-    /// began to.
+    /// Sends the query to all targets that have not answered. Returns the time before the first
+    /// datagram was sent.
     fn send(&mut self) -> Instant {
         let began = Instant::now();
         let id = self.first_id.wrapping_add(self.sent.len() as u32);
@@ -154,8 +154,10 @@ impl RunningQuery<'_> {
             Ok(Packet::HaveNot { id }) => (id, None),
             _ => return Ok(()),
         };
-        let sending = id.wrapping_sub(self.first_id) as usize;
-        let Some(elapsed) = self.sent.get(sending).map(Instant::elapsed) else { return Ok(()) };
+        let transmission = id.wrapping_sub(self.first_id) as usize;
+        let Some(elapsed) = self.sent.get(transmission).map(Instant::elapsed) else {
+            return Ok(());
+        };
         let was_asked =
             self.targets.contains(&from) || (self.everyone && self.networks.is_lan(from));
         let is_new = !self.networks.is_own(from.ip()) && !self.has_answered(&from);

@@ -198,7 +198,7 @@ fn offered(
 
 /// Reports an offer: whether lookups ask the peer, whether peerix accepts the path by the keys in
 /// `trusted`, and whether Nix accepts it by `settings`. Without `trusted`, peerix accepts every
-/// path.
+/// path. Returns the offer with these verdicts.
 fn report_offer(
     report: &mut Findings,
     node: &RunningDaemon,

@@ -55,7 +55,7 @@ impl FriendServices {
     /// # Errors
     /// No thread can be started.
     pub(super) fn meet(&self, node: &Node, mapping: Option<Arc<Mutex<Mapping>>>) -> io::Result<()> {
-        let (host, port) = node.config.announced(node.port);
+        let (host, port) = node.config.announced_address(node.port);
         let outside_address = move || {
             let current = |mapping: &Arc<Mutex<Mapping>>| mapping.lock().clone();
             let mapping = mapping.as_ref().map(current).unwrap_or_default();

@@ -19,9 +19,9 @@ use std::time::Instant;
 /// First pause after a failure to open the store. It doubles up to [`RETRY_INTERVAL`].
 const FIRST_RETRY_PAUSE: Interval = Interval::from_secs(1);
 
-/// Longest wait for the store at the start, before lookups are answered with misses. It covers
-/// three tries of up to 1 s with the pauses of 1 s and 2 s between them, and a nix-daemon that
-/// starts at the same time.
+/// Longest wait for the store at the start, before lookups are answered with misses. Three tries
+/// fit, with pauses of 1 s and 2 s between them, if each takes at most 1 s. So a nix-daemon that
+/// starts at the same time has 5 s to accept connections.
 const FIRST_OPEN_TIMEOUT: Timeout = Timeout::from_secs(6);
 
 /// Opens Nix's database. If that fails for a time, or if systemd passed the sockets, answers misses

@@ -27,7 +27,7 @@ impl WanServices {
         let Some(identity) = node.identity.clone().filter(|_| node.config.mode.has_wan()) else {
             return Ok(None);
         };
-        let (addr, port) = node.config.announced(node.port);
+        let (addr, port) = node.config.announced_address(node.port);
         let instance = Identity::random_seed()
             .map_err(|_| FatalError("the system gives no random numbers".into()))?;
         let instance = u64::from_ne_bytes(instance[..8].try_into().expect("8 bytes")) >> 1;

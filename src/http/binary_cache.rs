@@ -64,7 +64,8 @@ impl BinaryCache {
     }
 
     /// Returns [`NOT_THERE`] unless `path` is a valid path of the own store that the asker may
-    /// have. Blocks as [`BinaryCache::path_info`] does.
+    /// have. Blocks for at most 5 s on the database, and for a stranger for up to 15 s on the
+    /// upstream cache.
     pub(super) fn check_path(&self, path: &StorePath, scope: Scope) -> Result<(), RequestError> {
         let info = self.path_info(&path.hash_part(), scope)?;
         if info.path == *path { Ok(()) } else { Err(NOT_THERE) }

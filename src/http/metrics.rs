@@ -1,4 +1,4 @@
-//! The listener of `--metrics`: serves `/metrics` and `/health`, and nothing else, to every client
+//! The handler of `--metrics`: serves `/metrics` and `/health`, and nothing else, to every client
 //! that reaches the address that the user chose.
 
 use super::handler::CacheHandler;

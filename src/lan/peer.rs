@@ -146,7 +146,7 @@ struct RepeatTimer {
     last_early: Option<Instant>,
 }
 
-/// The paths that were found through a peer, and the wait budget that they earned it.
+/// The paths that were found through a peer, and the peer's own wait budget.
 #[derive(Debug)]
 pub struct Hits {
     /// Number of the paths.
@@ -222,7 +222,10 @@ impl LanPeer {
     pub fn is_held_back(&self, t: Instant) -> bool {
         self.dialect() != Dialect::HaveOnly
             && self.queries.is_behind(t)
-            && self.queries.last_unanswered_sent().is_some_and(|last| last + self.repeat_gap() > t)
+            && self
+                .queries
+                .latest_unanswered_sent()
+                .is_some_and(|last| last + self.repeat_gap() > t)
     }
 
     /// Whether the peer is a Python peerix from which a packet came within [`PYTHON_PEER_EXPIRY`].
@@ -319,7 +322,7 @@ impl LanPeer {
         }
         if self.repeats.at.is_none() && !self.owed.is_empty() {
             // A query that is held back leaves one repeat delay after the last query.
-            let last = sent.or(self.queries.last_unanswered_sent()).unwrap_or(t);
+            let last = sent.or(self.queries.latest_unanswered_sent()).unwrap_or(t);
             self.repeats.at = Some(last + self.repeat_gap());
         }
         added

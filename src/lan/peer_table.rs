@@ -33,8 +33,8 @@ impl PeerTable {
         self.peers.get(&address)
     }
 
-    /// Returns the peer at this address, to be changed. The next [`PeerTable::plan`] takes over its
-    /// due times.
+    /// Returns the peer at this address for changes. The next [`PeerTable::plan`] takes its due
+    /// times into account.
     pub fn get_mut(&mut self, address: SocketAddr) -> Option<&mut LanPeer> {
         let peer = self.peers.get_mut(&address)?;
         if self.changed.last() != Some(&address) {
@@ -43,8 +43,8 @@ impl PeerTable {
         Some(peer)
     }
 
-    /// Moves [`PeerTable::next_probe`], [`PeerTable::next_repeat`] and [`PeerTable::next_check`]
-    /// forward to those of the peers that were changed. To be called before these are used.
+    /// Lowers [`PeerTable::next_probe`], [`PeerTable::next_repeat`] and [`PeerTable::next_check`]
+    /// to the earliest times of the peers that were changed. To be called before these are used.
     pub fn plan(&mut self) {
         let earlier = |a: Option<Instant>, b: Option<Instant>| a.into_iter().chain(b).min();
         for address in self.changed.drain(..) {

@@ -73,7 +73,7 @@ impl SentQueries {
     }
 
     /// When the latest unanswered query was sent.
-    pub fn last_unanswered_sent(&self) -> Option<Instant> {
+    pub fn latest_unanswered_sent(&self) -> Option<Instant> {
         self.unanswered.back().map(|last| last.sent)
     }
 
@@ -85,8 +85,8 @@ impl SentQueries {
     /// Whether [`MAX_IN_FLIGHT`] queries are unanswered, or one for longer than the delay of a
     /// first repeat. The peer may have vanished, and then datagrams to it wait for ARP.
     pub fn is_behind(&self, t: Instant) -> bool {
-        // Only queries sent after the latest answered one count: that answer showed that the peer is
-        // there.
+        // Only queries sent after the latest answered one count: its answer showed that the peer is
+        // up.
         let newest_first = self.unanswered.iter().rev();
         let in_flight =
             newest_first.take_while(|query| Some(query.sent) > self.latest_answered_sent);

@@ -3,10 +3,11 @@
 //! vanish, restart, lie, or are of other versions.
 //!
 //! [`network`] carries the packets. [`scripts`] answers for hosts that do not run this release.
-//! [`clients`] looks paths up as Nix does. All randomness comes from one seed. [`properties`] checks
-//! invariants for many seeds. [`scenes`] checks named situations and their costs. [`table`] prints
-//! costs by number of nodes. `make simulate` runs more seeds: `PEERIX_SIMULATION_SEEDS=100000`.
-//! `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one run.
+//! [`clients`] looks paths up as Nix does. All randomness comes from one seed. [`properties`]
+//! checks invariants for many seeds. [`scenes`] checks named situations and their costs. [`table`]
+//! prints costs by number of nodes. `make simulate` runs more seeds:
+//! `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one
+//! run.
 
 use super::discovery::{Discovery, DiscoverySettings};
 use super::environment::Environment;

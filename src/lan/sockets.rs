@@ -266,8 +266,8 @@ fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
 }
 
 /// Returns the address whose sockets reach `target`: one bound to all addresses, or to an address
-/// in the target's network. A unicast target on no connected network, which `--peer` names, is reached
-/// through any socket bound to an address of this machine.
+/// in the target's network. A unicast target on no connected network, which `--peer` names, is
+/// reached through any socket bound to an address of this machine.
 fn socket_for(
     target: SocketAddr,
     bound: &[BoundAddress],

@@ -29,7 +29,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Stack of a thread, in bytes. The client's buffers are on the heap. TLS to trackers takes 100 KiB
 /// in a build without optimization.
 const STACK_BYTES: usize = 512 * 1024;
-/// Delay before the next attempt of a request that the pool or another request refuses.
+/// Delay before the next attempt at a request that the pool refuses, except to candidates of
+/// trackers.
 pub const POOL_RETRY_DELAY: Duration = Duration::from_millis(2);
 
 type RequestJob = Box<dyn FnOnce() + Send>;

@@ -41,8 +41,9 @@ const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(500);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Longest delay before such a candidate is asked again.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
-/// Delay before the next attempt at an address while requests to it are in progress.
-const ADDRESS_RETRY_DELAY: Duration = Duration::from_millis(10);
+/// Delay before the next attempt at a request that the request pool, the common connection rate or
+/// a request in progress to the same address blocks.
+const BLOCKED_RETRY_DELAY: Duration = Duration::from_millis(10);
 /// Delay before the next attempt at an address whose connection rate is used up: the interval at
 /// which that rate admits connections. Also the longest wait for such an address if none of its
 /// candidates has ever answered, as many ports of one victim do not.
@@ -276,7 +277,7 @@ impl WanSearch {
         // itself.
         let names = self.tracker_lookups.is_resolving().then_some(self.deadline);
         let candidates = self.candidates.iter().filter_map(candidate);
-        let blocked = is_blocked.then(|| now + ADDRESS_RETRY_DELAY);
+        let blocked = is_blocked.then(|| now + BLOCKED_RETRY_DELAY);
         let lookups = self.tracker_lookups.next_wake_up(now).into_iter();
         let awaited = lookups.chain(names).chain(candidates).chain(blocked).min()?;
         let increase = self.limit.next_increase();
@@ -392,7 +393,7 @@ impl WanSearch {
         candidate.phase = if now >= deadline {
             CandidatePhase::Done
         } else {
-            let pause = if is_asked { ADDRESS_RETRY_DELAY } else { RATE_RETRY_DELAY };
+            let pause = if is_asked { BLOCKED_RETRY_DELAY } else { RATE_RETRY_DELAY };
             CandidatePhase::Untried(deadline.min(now + pause))
         };
         true

@@ -1,5 +1,5 @@
-//! Time at which the daemon started, by the clock since boot and by the wall clock, which may be set
-//! later.
+//! Time at which the daemon started, by the clock since boot and by the wall clock, which may be
+//! set later.
 
 use crate::lock::Mutex;
 use std::time::{Duration, SystemTime};

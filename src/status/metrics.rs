@@ -197,8 +197,7 @@ fn nars(all: &mut MetricsText, report: &StatusReport) {
     all.by("direction", ("transfers", "gauge", "NARs under way."), transfers);
 }
 
-/// Metrics of the peers and the trackers. `dropped` is the number of
-/// datagrams that were not sent.
+/// Metrics of the peers and the trackers. `dropped` is the number of datagrams that were not sent.
 fn peers(all: &mut MetricsText, report: &StatusReport, dropped: u64) {
     let is_known = |peer: &&PeerReport| peer.found_by != "request";
     let known = |network| {
@@ -244,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn lan_peers_are_counted_by_liveness() {
+    fn lan_peers_are_counted_by_state() {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
         let peer = |network, state| PeerReport { state, ..empty(address, network) };
         let peers = [

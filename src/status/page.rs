@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn state_shows_liveness_and_last_heard() {
+    fn peer_state_and_last_heard_are_shown() {
         let live = row("query", Some(PeerState::Live), Some(1177.0));
         assert!(live.contains(">its query<"), "{live}");
         assert!(live.contains(">live, <span class=\"soft\">heard 3 s ago</span><"), "{live}");

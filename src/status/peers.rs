@@ -29,7 +29,7 @@ impl PeerRows {
             let row = PeerReport {
                 found_by: neighbour.met_by.code(),
                 last_heard: neighbour.heard.map(|heard| now.of(heard)),
-                state: Some(liveness(&neighbour)),
+                state: Some(peer_state(&neighbour)),
                 silent_since: neighbour.silent_since.map(|since| now.of(since)),
                 round_trip_seconds: neighbour.round_trip.map(seconds),
                 ..empty(http, Network::Lan)
@@ -101,7 +101,7 @@ impl PeerRows {
     }
 }
 
-fn liveness(neighbour: &Neighbour) -> PeerState {
+fn peer_state(neighbour: &Neighbour) -> PeerState {
     match (neighbour.silent_since, neighbour.heard) {
         (Some(_), _) => PeerState::Silent,
         (None, Some(_)) => PeerState::Live,

@@ -127,7 +127,7 @@ pub struct FriendReport {
     pub error: Option<String>,
 }
 
-/// Whether a LAN peer answers, so that lookups ask it.
+/// State of a LAN peer in `/status.json`: whether lookups ask it, and whether it was ever heard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PeerState {

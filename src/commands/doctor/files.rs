@@ -10,8 +10,8 @@ use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-/// Checks that the daemon can open Nix's database, as far as this user can tell. Blocks on the
-/// disk, and on a locked database for seconds.
+/// Checks that the daemon can open Nix's database, as far as this user can tell. Blocks for
+/// at most 10 s on a locked database, 5 s for each of two queries.
 pub(super) fn check_database(report: &mut Findings, config: &Config) {
     let (db, uid) = (config.db.display(), rustix::process::getuid());
     match Store::open(config.into()) {
@@ -21,27 +21,27 @@ pub(super) fn check_database(report: &mut Findings, config: &Config) {
             report.fail(
                 "database",
                 format!("{db}: only its owner may read it, and peerix may run as another user"),
-                readable_remedy(&config.db),
+                permission_remedy(&config.db),
             );
         }
         Ok(_) => report.ok("database", format!("{db} can be read by this user ({})", uid.as_raw())),
     }
 }
 
-/// Returns the remedy for a daemon that cannot open Nix's database. Blocks on the
-/// disk, and on a locked database for seconds.
+/// Returns the remedy for a daemon that cannot open Nix's database. Blocks for
+/// at most 10 s on a locked database, 5 s for each of two queries.
 pub(super) fn database_remedy(config: &Config) -> String {
     match Store::open(config.into()) {
         Err(e) => store_remedy(&e, &config.db),
         // This user can open the database, and the daemon's user cannot.
-        Ok(_) => readable_remedy(&config.db),
+        Ok(_) => permission_remedy(&config.db),
     }
 }
 
 fn store_remedy(e: &StoreError, db: &Path) -> String {
     let file = quote(&db.display().to_string());
     match e {
-        StoreError::Unreadable { .. } => readable_remedy(db),
+        StoreError::Unreadable { .. } => permission_remedy(db),
         StoreError::WalUnavailable { .. } => "systemctl enable --now nix-daemon.socket".into(),
         StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
         // `nix-store --verify` would remove these paths from the database.
@@ -68,7 +68,7 @@ fn is_readable(file: &Path) -> bool {
 }
 
 /// Returns the command that lets every user read the database.
-fn readable_remedy(db: &Path) -> String {
+fn permission_remedy(db: &Path) -> String {
     format!("chmod -R o+rX {}", quote(&db.parent().unwrap_or(db).display().to_string()))
 }
 

@@ -48,8 +48,8 @@ fn nft_input_chain(listed: &str) -> Option<String> {
 }
 
 /// Returns a remedy that opens a port on the machine `ip`. It assumes the same firewall as on this
-/// machine and says so, because that machine's firewall is not known. Blocks for at most
-/// 20 s.
+/// machine and says so, because that machine's firewall is not known. Blocks for at
+/// most 20 s.
 pub(super) fn open_port_there(ip: IpAddr, protocol: &str, port: u16) -> String {
     let here = open_port(protocol, port);
     format!(

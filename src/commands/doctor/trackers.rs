@@ -25,7 +25,7 @@ pub(super) fn check(report: &mut Findings, config: &Config) {
             "no --state-dir: this is another peer to the trackers after each start".into(),
         );
     }
-    let (host, port) = config.announced(config.port);
+    let (host, port) = config.announced_address(config.port);
     for url in &config.tracker_urls {
         let began = SystemTime::now();
         let answer = match get(&format!("{url}/health")) {
