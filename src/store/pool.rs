@@ -454,16 +454,25 @@ fn left(deadline: Instant) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixture::Fixture;
     use super::*;
+    use std::cell::Cell;
+
+    /// A pool of one connection to the database of `fixture`, without a nix-daemon.
+    fn pool(fixture: &Fixture) -> ConnectionPool {
+        let config = fixture.config();
+        let location = DatabaseLocation {
+            store_dir: config.store_dir,
+            db: config.db,
+            daemon_socket: fixture.db().with_file_name("no-socket"),
+        };
+        ConnectionPool::new(location, 1, Duration::from_secs(60), log::Level::Debug)
+    }
 
     #[test]
     fn attempts_that_failed_for_a_second_without_a_success_are_recognized() {
-        let location = DatabaseLocation {
-            store_dir: StoreDir::parse("/nix/store").unwrap(),
-            db: "/db".into(),
-            daemon_socket: "/socket".into(),
-        };
-        let pool = ConnectionPool::new(location, 1, Duration::ZERO, log::Level::Debug);
+        let fixture = Fixture::new();
+        let pool = pool(&fixture);
         let (timeout, moment) = (TRANSITION_TIMEOUT.get(), Duration::from_millis(1));
         let began = Instant::now();
         assert!(!pool.record_failed_attempt(began));
@@ -474,5 +483,23 @@ mod tests {
         pool.record_open_method(OpenMethod::Plain);
         assert!(!pool.record_failed_attempt(began + timeout * 2));
         assert!(!pool.record_failed_attempt(began + timeout * 4));
+    }
+
+    #[test]
+    fn query_fails_without_a_wait_once_attempts_have_failed_for_a_second() {
+        let fixture = Fixture::new();
+        let pool = pool(&fixture);
+        let attempts = Cell::new(0);
+        let query = |_: &Database| {
+            attempts.set(attempts.get() + 1);
+            Err::<(), _>(DatabaseError::WalUnavailable)
+        };
+        let now = Instant::now();
+        // The last attempt is far in the future, so that the speed of the machine does not matter.
+        let hour = Duration::from_secs(3600);
+        pool.state.lock().failing = Some(FailingAttempts { first: now - hour, last: now + hour });
+        assert!(matches!(pool.read(&query), Err(StoreError::WalUnavailable { .. })));
+        // Shared, as immutable if the file has not changed for a while, and shared again.
+        assert!((2..=3).contains(&attempts.get()), "{attempts:?}");
     }
 }
