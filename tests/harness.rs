@@ -4,10 +4,11 @@
 use crate::common::http::{self, Reply, Server};
 use crate::common::lan::{Host, Run};
 use crate::common::standin::{BROADCAST, receive};
-use crate::common::{DEADLINE, Lan, Nat, PORT, Wan, World, nix, tree, wait_for, world};
+use crate::common::{DEADLINE, Lan, Nat, PORT, Wan, World, nix, thread, tree, wait_for, world};
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -95,6 +96,25 @@ impl Broadcasts {
         self.send(b"lost");
         assert_eq!(receive(&self.to, NOTHING_COMES), None);
     }
+}
+
+#[test]
+fn port_of_another_socket_is_waited_for() {
+    let lan = Lan::new();
+    let host = lan.host("a");
+    let held = host.udp(PORT);
+    let attempts = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        let waiting = thread::spawn_in(scope, "waiting", || {
+            host.bind(|| {
+                attempts.fetch_add(1, Ordering::Relaxed);
+                UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))
+            })
+        });
+        wait_for("two attempts", || (attempts.load(Ordering::Relaxed) > 1).then_some(()));
+        drop(held);
+        waiting.join().unwrap();
+    });
 }
 
 #[test]
