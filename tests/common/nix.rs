@@ -77,9 +77,7 @@ pub fn init_store(host: &Host) {
     if host.path("/nix/var/nix/db/db.sqlite").exists() {
         return;
     }
-    let mut hasher = DefaultHasher::new();
-    identity().hash(&mut hasher);
-    let empty = directory().join(format!("empty-store-{:016x}", hasher.finish()));
+    let empty = fixture_dir("empty-store", ());
     if empty.exists() {
         host.sh(&format!("cp -a '{}/.' /nix/", empty.display()));
         return;
@@ -190,9 +188,16 @@ pub fn assert_nothing_but(host: &Host, paths: &[String]) {
     host.cmd("nix-store").args(["--verify", "--check-contents"]).okay();
 }
 
+/// The directory of a fixture that the Nix under test makes from `input`, kept between runs.
+pub fn fixture_dir(name: &str, input: impl Hash) -> PathBuf {
+    let mut hasher = DefaultHasher::new();
+    (input, identity()).hash(&mut hasher);
+    directory().join(format!("{name}-{:016x}", hasher.finish()))
+}
+
 /// Identifies a Nix by path, size and modification time of `nix-store`. Some versions cannot print
 /// their version without `/proc`.
-pub fn identity() -> (PathBuf, u64, Option<SystemTime>) {
+fn identity() -> (PathBuf, u64, Option<SystemTime>) {
     let program = bin_dir().join("nix-store");
     let metadata = std::fs::metadata(&program).expect("nix-store is there");
     (program, metadata.len(), metadata.modified().ok())

@@ -6,7 +6,6 @@ use super::{directory, nix};
 use rustix::fs::{FlockOperation, flock};
 use std::collections::BTreeMap;
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 const EXPRESSION: &str = include_str!("world.nix");
@@ -41,9 +40,7 @@ impl World {
     /// Opens the fixture. Builds it on a host of `lan` first if there is none, which takes a
     /// minute.
     pub fn on(lan: &Lan) -> World {
-        let mut hasher = DefaultHasher::new();
-        (EXPRESSION, SCRIPT, nix::identity()).hash(&mut hasher);
-        let dir = directory().join(format!("world-{:016x}", hasher.finish()));
+        let dir = nix::fixture_dir("world", (EXPRESSION, SCRIPT));
         // Test programs that run at the same time may build the same fixture.
         let lock = fs::File::create(directory().join("world.lock"))
             .expect("the directory for fixtures is writable");
