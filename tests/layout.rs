@@ -34,7 +34,7 @@ const MAY_USE: &[(&str, &str)] = &[
         "config friends http_client lan network nix connect_rate resolver stats suspend wire",
     ),
     ("lan", "network nix access store suspend wire"),
-    ("store", "config nix"),
+    ("store", "nix"),
     ("port_mapper", "network wire"),
     ("access", "config fnmatch http_client network nix"),
     ("sockets", "config network"),

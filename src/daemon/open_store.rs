@@ -33,7 +33,11 @@ pub(super) fn open_store(
     config: &Config,
     process: &Process,
 ) -> Result<Option<Arc<Store>>, FatalError> {
-    let store = StoreConfig::from(config);
+    let store = StoreConfig {
+        store_dir: config.store_dir.clone(),
+        db: config.db.clone(),
+        root: config.root.clone(),
+    };
     let opened = open_with_retries(move || Store::open(store.clone()).map(Arc::new));
     let opened = opened.map_err(fatal("store"))?;
     let problem =

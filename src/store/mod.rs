@@ -20,7 +20,6 @@ pub use database::StoreVersion;
 pub use error::{NarError, StoreError};
 pub use nar::NarSink;
 
-use crate::config::Config;
 use crate::nix::{DrvOutput, HashPart, PathInfo, Realisation, StoreDir, StorePath};
 use crate::time_scale::Timeout;
 use database::SCHEMA;
@@ -56,16 +55,6 @@ pub struct StoreConfig {
     /// The directory below which the files are, as `<root><store dir>`. `/`, except for a store of
     /// `nix --store DIR`.
     pub root: PathBuf,
-}
-
-impl From<&Config> for StoreConfig {
-    fn from(config: &Config) -> StoreConfig {
-        StoreConfig {
-            store_dir: config.store_dir.clone(),
-            db: config.db.clone(),
-            root: config.root.clone(),
-        }
-    }
 }
 
 impl StoreConfig {
@@ -123,8 +112,7 @@ impl Store {
 
     fn open_database(config: StoreConfig) -> Result<Store, StoreError> {
         let store = Store::new(config);
-        let any = HashPart::from_bytes(&[0; HashPart::BYTES]);
-        match store.path_info(&any) {
+        match store.path_info(&HashPart::ZERO) {
             Ok(_) | Err(StoreError::Row { .. }) => Ok(store),
             Err(error) => Err(error),
         }

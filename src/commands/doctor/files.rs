@@ -4,17 +4,17 @@
 use crate::commands::report::Findings;
 use crate::commands::shell::quote;
 use crate::config::Config;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreConfig, StoreError};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-/// Checks that the daemon can open Nix's database, as far as this user can tell. Blocks for
-/// at most 10 s on a locked database, 5 s for each of two queries.
+/// Checks that the daemon can open Nix's database, as far as this user can tell. Blocks for at
+/// most 10 s on a locked database, 5 s for each of two queries.
 pub(super) fn check_database(report: &mut Findings, config: &Config) {
     let (db, uid) = (config.db.display(), rustix::process::getuid());
-    match Store::open(config.into()) {
+    match open_store(config) {
         Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
         // Root can read every file, and the daemon may run as another user.
         Ok(_) if uid.is_root() && !is_readable(&config.db) => {
@@ -28,14 +28,22 @@ pub(super) fn check_database(report: &mut Findings, config: &Config) {
     }
 }
 
-/// Returns the remedy for a daemon that cannot open Nix's database. Blocks for
-/// at most 10 s on a locked database, 5 s for each of two queries.
+/// Returns the remedy for a daemon that cannot open Nix's database. Blocks for at most 10 s on a
+/// locked database, 5 s for each of two queries.
 pub(super) fn database_remedy(config: &Config) -> String {
-    match Store::open(config.into()) {
+    match open_store(config) {
         Err(e) => store_remedy(&e, &config.db),
         // This user can open the database, and the daemon's user cannot.
         Ok(_) => permission_remedy(&config.db),
     }
+}
+
+fn open_store(config: &Config) -> Result<Store, StoreError> {
+    Store::open(StoreConfig {
+        store_dir: config.store_dir.clone(),
+        db: config.db.clone(),
+        root: config.root.clone(),
+    })
 }
 
 fn store_remedy(e: &StoreError, db: &Path) -> String {
