@@ -159,8 +159,7 @@ pub enum Subcommand {
 }
 
 impl Subcommand {
-    /// The subcommand that `word` names. The path of `why` is empty; a
-    /// later argument replaces it.
+    /// The subcommand that `word` names. The path of `why` is empty; a later argument replaces it.
     fn of_word(word: &str) -> Option<Subcommand> {
         match word {
             "status" => Some(Subcommand::Status),

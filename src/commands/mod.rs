@@ -21,12 +21,14 @@ mod why;
 use crate::cli::{self, Command, CommandOptions, Subcommand};
 use crate::config::Config;
 use crate::http_client;
+use crate::network::{LanNetworks, Networks};
 use crate::nix::PublicKey;
 use crate::status::text::{bytes, found_by, long, short};
 use crate::time_scale::Timeout;
 use serde_json::Value;
 use std::io::Read;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use ureq::Agent;
 
@@ -82,6 +84,11 @@ struct RunningDaemon {
 }
 
 impl RunningDaemon {
+    /// Reads this machine's networks, with the daemon's flags about them.
+    fn networks(&self) -> Arc<LanNetworks> {
+        Networks::read(self.config.networks.clone()).current()
+    }
+
     /// Requests the status of the daemon on the port of `asked`. Blocks for at most
     /// [`STATUS_TIMEOUT`].
     ///
@@ -170,9 +177,9 @@ fn get_within(url: &str, timeout: Duration) -> Result<HttpAnswer, String> {
     Ok(HttpAnswer { status, body, date })
 }
 
-/// Liveness of `peer`, a row of the status that was made at `now`, in seconds since 1970: `live`,
+/// State of `peer`, a row of the status that was made at `now`, in seconds since 1970: `live`,
 /// `silent for 3 min` or `never heard`. `None` if LAN discovery does not know the peer.
-fn liveness(peer: &Value, now: f64) -> Option<String> {
+fn peer_state(peer: &Value, now: f64) -> Option<String> {
     match (text(&peer["state"]), peer["silent_since"].as_f64()) {
         ("live", _) => Some("live".into()),
         ("silent", Some(since)) => Some(format!("silent for {}", long(now - since))),
@@ -206,10 +213,10 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn liveness_is_known_of_lan_peers_only() {
+    fn peer_state_is_known_of_lan_peers_only() {
         let said = |state, silent_since| {
             let peer = json!({"state": state, "silent_since": silent_since});
-            liveness(&peer, 1180.0).unwrap_or_default()
+            peer_state(&peer, 1180.0).unwrap_or_default()
         };
         assert_eq!(said("live".into(), Value::Null), "live");
         assert_eq!(said("silent".into(), 1000.0.into()), "silent for 3 min");

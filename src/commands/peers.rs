@@ -3,8 +3,8 @@
 use super::probe::{self, HttpProbe};
 use super::report::{Findings, Severity};
 use super::status::friend_line;
-use super::{RunningDaemon, found_by, list, liveness, moment, peer_at, text};
-use crate::network::Networks;
+use super::{RunningDaemon, found_by, list, moment, peer_at, peer_state, text};
+use crate::nix::HashPart;
 use serde_json::Value;
 use std::net::SocketAddr;
 
@@ -15,9 +15,9 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let mut asked: Vec<SocketAddr> =
         known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
     let has_lan = node.config.mode.has_lan();
-    let networks = Networks::read(node.config.networks.clone()).current();
+    let networks = node.networks();
     let heard =
-        match probe::ask(node, &networks, &probe::no_path(), node.config.port, &asked, has_lan) {
+        match probe::ask(node, &networks, &HashPart::ZERO, node.config.port, &asked, has_lan) {
             Ok(heard) => heard,
             Err(e) => {
                 report.fail("udp", format!("cannot ask: {e}"), String::new());
@@ -62,11 +62,11 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     report.print(json, answering > 0)
 }
 
-/// End of a peer's line: its liveness in the daemon's status, how it was found, and why it is
+/// End of a peer's line: its state in the daemon's status, how it was found, and why it is
 /// avoided.
 fn daemon_view(peer: &Value, now: f64) -> String {
     let how = found_by(text(&peer["found_by"]));
-    let state = liveness(peer, now).map(|state| format!("; daemon: {state}, found by {how}"));
+    let state = peer_state(peer, now).map(|state| format!("; daemon: {state}, found by {how}"));
     let avoided = Some(text(&peer["avoided"]["reason"])).filter(|reason| !reason.is_empty());
     let avoided = avoided.map(|reason| format!("; avoided at the moment: {reason}"));
     [state, avoided].into_iter().flatten().collect()

@@ -4,7 +4,7 @@
 use super::{HTTP_TIMEOUT, RunningDaemon, get, list, text};
 use crate::config::Config;
 use crate::lan::Holder;
-use crate::network::{LanNetworks, Networks};
+use crate::network::LanNetworks;
 use crate::nix::{HashPart, NarInfo};
 use crate::peers::client::{PeerClient, PeerError, PeerNarinfo};
 use crate::time_scale::Timeout;
@@ -35,11 +35,6 @@ const MAX_HEARD: usize = 1024;
 /// Maximum number of nodes on other networks that are asked; the rest is ignored. A tracker names
 /// at most 64 candidates and 8 others for a lookup.
 const MAX_WAN_NODES: usize = 72;
-
-/// Hash part that no store path has. Queries for it only show which nodes answer.
-pub fn no_path() -> HashPart {
-    HashPart::from_bytes(&[0; HashPart::BYTES])
-}
 
 /// Answer of a node to a query.
 pub struct ProbeReply {
@@ -368,7 +363,7 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
     if node.config.mode.has_lan() {
         // If the daemon knows no peer, a broadcast may still reach one.
         let known = known(node);
-        let networks = Networks::read(node.config.networks.clone()).current();
+        let networks = node.networks();
         let port = node.config.port;
         let heard =
             ask(node, &networks, hash_part, port, &known, known.is_empty()).unwrap_or_default();

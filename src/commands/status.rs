@@ -2,7 +2,7 @@
 
 use super::report::{print, say};
 use super::{
-    EXIT_NO, EXIT_YES, RunningDaemon, found_by, list, liveness, long, moment, short, text,
+    EXIT_NO, EXIT_YES, RunningDaemon, found_by, list, long, moment, peer_state, short, text,
 };
 use crate::service::clean;
 use serde_json::Value;
@@ -136,12 +136,12 @@ pub fn friend_line(friend: &Value, now: f64) -> String {
     format!("friend {} {}: {how}{error}", text(&friend["name"]), text(&friend["key"]))
 }
 
-/// A peer's address, how it was found, its liveness, and its traffic.
+/// A peer's address, how it was found, its state, and its traffic.
 fn peer_line(peer: &Value, now: f64) -> String {
     let id = peer["id"].as_str().map(|id| format!(" ({id})")).unwrap_or_default();
     let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
     let facts = [
-        liveness(peer, now),
+        peer_state(peer, now),
         Some(format!("found by {}", found_by(text(&peer["found_by"])))),
         peer["last_heard"].as_f64().map(|at| format!("heard {} ago", long(now - at))),
         trip.map(short),

@@ -6,7 +6,7 @@ use super::nix::{self, NixSettings, trusted_by};
 use super::nix_cache;
 use super::probe::{self, ProbeOffer};
 use super::report::Findings;
-use super::{EXIT_USAGE, RunningDaemon, get, list, liveness, long, moment, peer_at, text};
+use super::{EXIT_USAGE, RunningDaemon, get, list, long, moment, peer_at, peer_state, text};
 use crate::access::AccessPolicy;
 use crate::config::Sharing;
 use crate::network::Networks;
@@ -247,7 +247,7 @@ fn check_peer(report: &mut Findings, status: &Value, who: &str, address: SocketA
     let peer = peer_at(status, address);
     // A broadcast query reaches silent neighbours, but need not reach a node that `--peer` names.
     let silent = peer.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
-    if let Some(state) = silent.and_then(|peer| liveness(peer, moment(status))) {
+    if let Some(state) = silent.and_then(|peer| peer_state(peer, moment(status))) {
         let text = format!("{who} is not asked until it answers a probe: {state}");
         report.fail("peer", text, "peerix doctor".into());
     }

@@ -367,7 +367,7 @@ mod tests {
         let now = Instant::now();
         let mut lookups = LanLookups::default();
         let (updates, receiver) = bounded(LookupRequest::CAPACITY);
-        let hash_part = HashPart::from_bytes(&[0; HashPart::BYTES]);
+        let hash_part = HashPart::ZERO;
         assert!(lookups.insert(LookupRequest { id: 1, hash_part, updates }, now, now));
         assert_eq!(lookups.take_batch(now), [(1, hash_part)]);
         let holder = |number: u8| {

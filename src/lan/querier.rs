@@ -396,9 +396,7 @@ impl Querier {
         peer.liveness.record_probe(self.now, self.t);
         let wanted = match peer.dialect() {
             Dialect::Batches => None,
-            Dialect::Singles => {
-                peer.last_found().or(Some(HashPart::from_bytes(&[0; HashPart::BYTES])))
-            }
+            Dialect::Singles => peer.last_found().or(Some(HashPart::ZERO)),
             // The path that Nix asked for last: the peer may have it.
             Dialect::HaveOnly => {
                 peer.last_found().or(self.lookups.last_path.filter(|_| peer.is_named))

@@ -13,6 +13,9 @@ impl HashPart {
     /// Number of digits in a hash part.
     pub const LEN: usize = 32;
 
+    /// The hash part whose digits are all zeros. No store path has it.
+    pub const ZERO: HashPart = HashPart([b'0'; HashPart::LEN]);
+
     /// Parses exactly 32 Nix32 digits.
     ///
     /// # Errors

@@ -509,7 +509,7 @@ mod tests {
     }
 
     fn any_path() -> HashPart {
-        HashPart::parse(&[b'0'; 32]).unwrap()
+        HashPart::ZERO
     }
 
     /// Starts a server that gives these answers on one connection, and returns a tracker that uses

@@ -581,7 +581,7 @@ mod tests {
             names: Arc::new(NameResolver::new(look_up)),
             ..WanSource::new(Arc::new(trackers), client, Arc::default(), networks, Arc::default())
         };
-        let mut search = Arc::new(wan).search(&HashPart::parse(&[b'0'; 32]).unwrap());
+        let mut search = Arc::new(wan).search(&HashPart::ZERO);
         let now = Instant::now();
         let tracker = search.wan.trackers.all().next().unwrap().clone();
         search.tracker_lookups = TrackerLookups::asked(tracker, now);

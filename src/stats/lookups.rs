@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn recent_lookups_are_bounded_and_the_latest_first() {
         let lookups = LookupStats::default();
-        let hash_part = HashPart::parse(&[b'0'; 32]).unwrap();
+        let hash_part = HashPart::ZERO;
         for asked in 0..1000 {
             lookups.record(hash_part, Err(MissReason::Nobody { asked }), Duration::ZERO);
         }

@@ -164,8 +164,7 @@ impl StatusService {
     fn problems(&self, discovery_answers: bool) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut add = |code, text: String, serious| problems.push(Problem { code, text, serious });
-        let any = HashPart::from_bytes(&[0; HashPart::BYTES]);
-        if let Err(e) = self.store.path_info(&any)
+        if let Err(e) = self.store.path_info(&HashPart::ZERO)
             && !matches!(e, crate::store::StoreError::Row { .. })
         {
             add("store", e.to_string(), true);

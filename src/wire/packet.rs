@@ -304,7 +304,7 @@ mod tests {
         let instance = *b"\x01\x02\x03\x04\x05\x06\x07\x08";
         let hello = Hello { port: 12304, instance, crowded: false, batches: true, digest: None };
         let url_path = format!("local/{HASH_PART}.narinfo");
-        let zeros = HashPart::parse(&[b'0'; 32]).unwrap();
+        let zeros = HashPart::ZERO;
         let ones = HashPart::parse(&[b'z'; 32]).unwrap();
         let probe =
             Packet::QueryMany { id: 3, hash_parts: HashParts::pack([]), holders_only: false };

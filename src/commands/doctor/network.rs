@@ -5,9 +5,10 @@ use super::firewall::{open_port, open_port_there};
 use crate::commands::probe::{self, HttpProbe, NamedAddresses};
 use crate::commands::report::Findings;
 use crate::commands::shell::quote;
-use crate::commands::{RunningDaemon, liveness, long, moment, peer_at};
+use crate::commands::{RunningDaemon, long, moment, peer_at, peer_state};
 use crate::config::DEFAULT_PORT;
-use crate::network::{LanNetworks, Networks, neighbours};
+use crate::network::{LanNetworks, neighbours};
+use crate::nix::HashPart;
 use crate::time_scale::Timeout;
 use serde_json::Value;
 use std::io::{self, ErrorKind};
@@ -44,14 +45,14 @@ const MAX_NEIGHBOURS: usize = 256;
 /// broadcast, and compares the answers with the daemon's status. Blocks for some seconds.
 pub(super) fn check(report: &mut Findings, node: &RunningDaemon) {
     let port = node.config.port;
-    let networks = Networks::read(node.config.networks.clone()).current();
+    let networks = node.networks();
     let named = NamedAddresses::resolve(&node.config);
     for (host, e) in &named.unresolved {
         report_unresolved(report, host, e);
     }
     let mut asked = probe::known_or_named(&node.status, &named);
     asked.extend(neighbours(&networks, port));
-    let heard = match probe::ask(node, &networks, &probe::no_path(), port, &asked, true) {
+    let heard = match probe::ask(node, &networks, &HashPart::ZERO, port, &asked, true) {
         Ok(heard) => heard,
         Err(e) => return report.note("network", format!("cannot ask it: {e}")),
     };
@@ -76,7 +77,7 @@ pub(super) fn check(report: &mut Findings, node: &RunningDaemon) {
             http,
             heard_ago: last_heard(status, *address).map(|at| moment(status) - at),
             silence: silence(status, *address),
-            named_liveness: named_peer(status, &named, *address),
+            named_state: named_peer(status, &named, *address),
             is_unmet: unmet.contains(address),
         };
         well += u32::from(report_peer(report, &peer, &networks, port, expects_have_not));
@@ -98,8 +99,8 @@ struct ProbedPeer {
     heard_ago: Option<f64>,
     /// How long it has been silent to the daemon, in seconds. `None` if it is not silent.
     silence: Option<f64>,
-    /// Its liveness in the daemon's status. `None` if `--peer` does not name it.
-    named_liveness: Option<String>,
+    /// Its state in the daemon's status. `None` if `--peer` does not name it.
+    named_state: Option<String>,
     /// Whether it answers this command and the daemon has never heard it.
     is_unmet: bool,
 }
@@ -130,7 +131,7 @@ fn report_peer(
         }
         // A Python node answers only queries for paths that it has, so its silence is no sign of a
         // fault.
-        (HttpProbe::Other, _, Some(silence)) if peer.named_liveness.is_some() => {
+        (HttpProbe::Other, _, Some(silence)) if peer.named_state.is_some() => {
             let ago = long(silence);
             let text = format!("{address} is a Python peerix, and has been silent for {ago}");
             report.note("peer", text);
@@ -141,7 +142,7 @@ fn report_peer(
             );
             report.fail("udp", text, open_port_there(address.ip(), "udp", address.port()));
         }
-        (_, None, _) if peer.named_liveness.is_none() || peer.is_unmet => {}
+        (_, None, _) if peer.named_state.is_none() || peer.is_unmet => {}
         _ => return true,
     }
     false
@@ -152,7 +153,7 @@ fn report_no_http(report: &mut Findings, peer: &ProbedPeer, e: &io::Error) {
     let address = peer.address;
     let open_there = |protocol| open_port_there(address.ip(), protocol, address.port());
     let why = explain_connect_error(e);
-    match (peer.heard_ago, &peer.named_liveness) {
+    match (peer.heard_ago, &peer.named_state) {
         _ if peer.answers => report.fail(
             "tcp",
             format!("{address} answers by UDP, and TCP is blocked there: {e}"),
@@ -204,7 +205,7 @@ fn report_networks(
 fn check_default_port(report: &mut Findings, node: &RunningDaemon, networks: &LanNetworks) {
     let port = node.config.port;
     let others =
-        probe::ask(node, networks, &probe::no_path(), DEFAULT_PORT, &[], true).unwrap_or_default();
+        probe::ask(node, networks, &HashPart::ZERO, DEFAULT_PORT, &[], true).unwrap_or_default();
     let others: Vec<String> = others.iter().map(|other| other.from.to_string()).collect();
     if !others.is_empty() {
         let text = format!(
@@ -258,10 +259,10 @@ fn silence(status: &Value, address: SocketAddr) -> Option<f64> {
     Some(moment(status) - peer_at(status, address)?["silent_since"].as_f64()?)
 }
 
-/// The liveness that the daemon reports of a node that `--peer` names. `None` for other nodes.
+/// The state that the daemon reports of a node that `--peer` names. `None` for other nodes.
 fn named_peer(status: &Value, named: &NamedAddresses, address: SocketAddr) -> Option<String> {
     match peer_at(status, address) {
-        Some(peer) if peer["found_by"] == "flag" => liveness(peer, moment(status)),
+        Some(peer) if peer["found_by"] == "flag" => peer_state(peer, moment(status)),
         None if named.addresses.contains(&address) => Some("not listed".into()),
         _ => None,
     }
@@ -287,7 +288,7 @@ fn report_unmet(report: &mut Findings, status: &Value, unmet: &[SocketAddr], por
 }
 
 /// Reports a node that `--peer` names and that answers neither UDP queries nor HTTP. `state` is its
-/// liveness in the daemon's status.
+/// state in the daemon's status.
 fn report_unreachable(report: &mut Findings, address: SocketAddr, state: &str, e: &io::Error) {
     let ip = address.ip();
     let gone = format!("if there is no such node any more: peerix without --peer {ip}");
